@@ -1,0 +1,143 @@
+"""The device mesh, and one path+shape rule that shards every tree of the train state.
+
+Student, teacher and both Adam moments are plain pytrees whose paths share a suffix, so one rule
+serves them all. Mesh axes: `data` (batch only), `fsdp` (batch, and parameters in pieces) and
+`model` (prototypes). All axes are Auto: shapes under `jit` are global, XLA places collectives.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dinov2_jax.data.batch import Batch
+
+MESH_AXES = ("data", "fsdp", "model")
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(
+    *, data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Builds the mesh `('data', 'fsdp', 'model')` over all devices.
+
+    Args:
+      data, fsdp, model: devices on each axis; one of them may be -1, which takes what is left.
+      devices: the devices; all of them when None.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "model": model}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh {sizes}: each size must be positive, and at most one of them -1")
+    if free:
+        sizes[free[0]] = len(devices) // max(fixed, 1)
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"mesh {sizes} needs {math.prod(sizes.values())} devices, but there are "
+            f"{len(devices)}; set one of mesh.data, mesh.fsdp, mesh.model to -1 to fill up"
+        )
+    shape = tuple(sizes[axis] for axis in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """The number of pieces that the batch is cut into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of every device field of a `Batch`: the leading axis over the batch shards."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def constrain(x: jax.Array, *spec) -> jax.Array:
+    """Constrains the sharding of an activation; does nothing where no mesh is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def path_names(path: Sequence) -> tuple[str, ...]:
+    """The names along a pytree path, whatever kind of key each step is."""
+    return tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+
+
+def leaf_spec(
+    names: Sequence[str],
+    shape: Sequence[int],
+    *,
+    mesh_shape: dict[str, int],
+    min_size_to_shard: int,
+) -> PartitionSpec:
+    """The rule: how a leaf of the train state is cut, from its path and shape alone.
+
+    * prototypes (`last_layer/weight_*`, `[k, ...]`) and centers `[k]`: `k` over `model`, and over
+      `fsdp` too if the tensor is large enough and `k` divides;
+    * any other tensor of at least `min_size_to_shard` bytes (f32): its largest axis that `fsdp`
+      divides, but never the stacked layer axis of `blocks`, over which the forward pass scans;
+    * everything else is replicated.
+
+    Example: `('teacher', 'backbone', 'blocks', 'mlp', 'fc1', 'kernel')`, `[24, 1024, 4096]` with
+    fsdp = 8 gives `PartitionSpec(None, None, 'fsdp')`.
+    """
+    is_large = 4 * math.prod(shape) >= min_size_to_shard
+    fsdp, model = mesh_shape["fsdp"], mesh_shape["model"]
+    if "last_layer" in names or "centers" in names:
+        axes = []
+        if shape and shape[0] % model == 0:
+            axes.append("model")
+        if axes and is_large and shape[0] % (model * fsdp) == 0:
+            axes.append("fsdp")
+        axes = [axis for axis in axes if mesh_shape[axis] > 1]
+        return PartitionSpec(tuple(axes)) if axes else PartitionSpec()
+    first = 1 if "blocks" in names else 0
+    candidates = [axis for axis in range(first, len(shape)) if shape[axis] % fsdp == 0]
+    if fsdp == 1 or not is_large or not candidates:
+        return PartitionSpec()
+    largest = max(candidates, key=lambda axis: (shape[axis], axis))
+    return PartitionSpec(*(["fsdp" if axis == largest else None for axis in range(largest + 1)]))
+
+
+def tree_sharding(tree, mesh: Mesh, *, min_size_to_shard_mb: float = 4.0):
+    """Applies `leaf_spec` to every leaf of a tree of arrays or `ShapeDtypeStruct`s."""
+
+    def leaf_sharding(path, leaf) -> NamedSharding:
+        spec = leaf_spec(
+            path_names(path),
+            leaf.shape,
+            mesh_shape=dict(mesh.shape),
+            min_size_to_shard=int(min_size_to_shard_mb * 2**20),
+        )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
+
+
+def bytes_per_device(tree, shardings) -> int:
+    """Bytes that one device holds of a tree of arrays or `ShapeDtypeStruct`s."""
+
+    def leaf_bytes(leaf, sharding) -> int:
+        return math.prod(sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf_bytes, tree, shardings)))
+
+
+# The fields of `Batch` that the step needs; the others are for the host's books.
+DEVICE_FIELDS = tuple(name for name in Batch._fields if name not in ("index", "bad_record"))
+
+
+def put_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+    """Copies this host's part of a batch to the devices, as global arrays sharded by rows."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, np.asarray(getattr(batch, name)))
+        for name in DEVICE_FIELDS
+    }
