@@ -1,0 +1,51 @@
+"""Cross-entropy against soft targets, with a backward pass that stores no [n, k] of its own.
+
+Logits and targets in, one float32 number per row out. Behaviour follows the sum of
+target * log_softmax in dinov2/loss/dino_clstoken_loss.py and ibot_patch_loss.py (Apache-2.0).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+
+@jax.custom_vjp
+def cross_entropy(logits: Array, targets: Array, temp: ArrayLike) -> Array:
+    """-sum_k targets * log_softmax(logits / temp), row by row.
+
+    With z = logits / temp it is sum(targets) * logsumexp(z) - <targets, z>: three reductions, and
+    in the backward pass, which automatic differentiation would feed from stored [n, k] arrays,
+    d/dlogits = (sum(targets) * softmax(z) - targets) / temp from the logits themselves.
+
+    Args:
+        logits: student logits `[..., k]`; any float type, computed in float32.
+        targets: `[..., k]`, >= 0, broadcast against logits; rows may sum to any number. Constants:
+            they receive no gradient, and neither does temp.
+        temp: student temperature, > 0.
+
+    Returns:
+        `[...]`, float32.
+    """
+    return _forward(logits, targets, temp)[0]
+
+
+def _forward(logits, targets, temp):
+    z = logits.astype(jnp.float32) / temp
+    targets_f32 = targets.astype(jnp.float32)
+    row_max = z.max(axis=-1, keepdims=True)
+    log_sum = jnp.log(jnp.exp(z - row_max).sum(axis=-1)) + row_max[..., 0]  # [...]
+    mass = targets_f32.sum(axis=-1)
+    value = mass * log_sum - (targets_f32 * z).sum(axis=-1)
+    return value, (logits, targets, temp, log_sum, mass)
+
+
+def _backward(residuals, cotangent):
+    logits, targets, temp, log_sum, mass = residuals
+    probs = jnp.exp(logits.astype(jnp.float32) / temp - log_sum[..., None])
+    slope = mass[..., None] * probs - targets.astype(jnp.float32)
+    grad = (cotangent / temp)[..., None] * slope
+    return grad.astype(logits.dtype), None, None
+
+
+cross_entropy.defvjp(_forward, _backward)

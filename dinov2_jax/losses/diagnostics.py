@@ -1,0 +1,149 @@
+"""Numbers that tell a healthy run from a collapsing one. No gradients, float32 scalars.
+
+Shares of ln K make runs with different numbers of prototypes comparable: a cross-entropy of 1
+says nothing has been learnt yet, a teacher entropy of 0 or 1 that it has collapsed.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+
+def dino_ce_over_log_k(
+    dino_local_loss: Array,
+    dino_global_loss: Array,
+    *,
+    num_local_crops: int,
+    num_terms: int,
+    num_prototypes: int,
+    num_global_crops: int = 2,
+) -> Array:
+    """Mean cross-entropy of a (student crop, teacher crop) pair, over ln K.
+
+    Args:
+        dino_local_loss, dino_global_loss: as `losses.dino` returns them, scales included.
+        num_local_crops, num_global_crops: what the losses saw.
+        num_terms: the divisor they were given.
+        num_prototypes: K; 1 gives 0.
+
+    Returns:
+        A scalar, about 1 at initialisation.
+    """
+    num_pairs = num_global_crops * (num_local_crops + num_global_crops - 1)
+    total = (dino_local_loss + dino_global_loss) * (num_terms / num_pairs)
+    return _share_of_log_k(total, num_prototypes)
+
+
+def ibot_ce_over_log_k(
+    ibot_loss: Array, mask_weights: Array, *, num_crops: int, num_prototypes: int
+) -> Array:
+    """Mean cross-entropy of a masked patch, over ln K; crops that are not masked do not count.
+
+    Args:
+        ibot_loss: as `losses.ibot` returns it.
+        mask_weights: those it was given; they sum to the number of masked crops.
+        num_crops: the divisor it was given.
+        num_prototypes: K; 1 gives 0.
+
+    Returns:
+        A scalar, about 1 at initialisation; 0 without masked patches.
+    """
+    num_masked_crops = mask_weights.sum()
+    mean = ibot_loss * num_crops / jnp.where(num_masked_crops > 0, num_masked_crops, 1.0)
+    return _share_of_log_k(mean, num_prototypes)
+
+
+def entropy_over_log_k(probs: Array, *, row_weights: Array | None = None) -> Array:
+    """Mean entropy of the rows of `probs [n, k]` over ln K, in [0, 1].
+
+    `row_weights [n]`: 0 leaves a row (padding) out. None: all rows. 0 without rows, or if K = 1.
+    """
+    probs = probs.astype(jnp.float32)
+    # p ln p is 0 at 0; jax.scipy.special.xlogy says so without a NaN.
+    return _mean_entropy(-jax.scipy.special.xlogy(probs, probs).sum(-1), probs, row_weights)
+
+
+def softmax_entropy_over_log_k(
+    logits: Array, temp: ArrayLike, *, row_weights: Array | None = None
+) -> Array:
+    """As `entropy_over_log_k`, of softmax(logits / temp) for `logits [n, k]`."""
+    z = logits.astype(jnp.float32) / temp
+    z = z - z.max(axis=-1, keepdims=True)
+    exp_z = jnp.exp(z)
+    total = exp_z.sum(axis=-1)
+    return _mean_entropy(jnp.log(total) - (exp_z * z).sum(axis=-1) / total, z, row_weights)
+
+
+def prototypes_in_use(probs: Array, *, row_weights: Array | None = None) -> Array:
+    """Prototypes that are some row's most likely one, as a share of all K.
+
+    At most n / K for n rows: compare it with itself over time, not between batch sizes.
+
+    Args:
+        probs: teacher targets (or logits) `[n, k]`.
+        row_weights: `[n]`, 0 for padding. None: all rows.
+
+    Returns:
+        A scalar in [0, 1].
+    """
+    num_rows, num_prototypes = probs.shape
+    is_real = jnp.ones(num_rows, bool) if row_weights is None else row_weights > 0
+    is_used = jnp.zeros(num_prototypes, bool).at[probs.argmax(axis=-1)].max(is_real)
+    return is_used.mean(dtype=jnp.float32)
+
+
+def feature_std(features: Array) -> Array:
+    """Spread of the feature directions: 1 for isotropic features, 0 if all coincide.
+
+    The mean over dimensions of the standard deviation over rows of features scaled to length
+    sqrt(d).
+
+    Args:
+        features: `[n, d]`, n >= 1.
+
+    Returns:
+        A scalar in [0, 1].
+    """
+    features = features.astype(jnp.float32)
+    length = jnp.linalg.norm(features, axis=-1, keepdims=True)
+    scaled = features / jnp.maximum(length, 1e-8) * math.sqrt(features.shape[-1])
+    return scaled.std(axis=0).mean()
+
+
+def feature_rank(features: Array) -> Array:
+    """Effective number of dimensions that the features vary in: (tr C)^2 / tr C^2.
+
+    C is the covariance over rows. Between 1 and min(n - 1, d); 0 if all rows coincide.
+
+    Args:
+        features: `[n, d]`.
+
+    Returns:
+        A scalar.
+    """
+    features = features.astype(jnp.float32)
+    centred = features - features.mean(axis=0)
+    num_rows, width = features.shape
+    # C and the Gram matrix have the same trace and the same sum of squares: take the smaller.
+    equation = "nd,md->nm" if num_rows <= width else "nd,ne->de"
+    gram = jnp.einsum(equation, centred, centred, precision=jax.lax.Precision.HIGHEST)
+    trace = jnp.trace(gram)
+    gram = gram / jnp.where(trace > 0, trace, 1.0)  # before squaring: no under- or overflow
+    return jnp.where(trace > 0, 1.0 / jnp.square(gram).sum(), 0.0)
+
+
+def _mean_entropy(entropy: Array, like: Array, row_weights: Array | None) -> Array:
+    """Mean of `entropy [n]` over the real rows, over ln K with K from `like [n, k]`."""
+    if row_weights is None:
+        row_weights = jnp.ones(entropy.shape[0], jnp.float32)
+    row_weights = (row_weights > 0).astype(jnp.float32)
+    mean = (row_weights * entropy).sum() / jnp.maximum(row_weights.sum(), 1.0)
+    return _share_of_log_k(mean, like.shape[-1])
+
+
+def _share_of_log_k(value: Array, num_prototypes: int) -> Array:
+    """`value / ln K`, and 0 for a single prototype, where nothing is left to choose."""
+    return value / math.log(num_prototypes) if num_prototypes > 1 else jnp.zeros_like(value)
