@@ -1,0 +1,82 @@
+"""Multi-head self-attention over all tokens of each image.
+
+In: tokens `[b, n, d]`. Out: the same shape. Softmax in float32 whatever the compute type.
+Behaviour follows dinov2/layers/attention.py (Apache-2.0): one projection makes queries, keys and
+values, in this order, each head-major.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
+
+IMPLEMENTATIONS = ("xla", "cudnn")
+
+
+class Attention(nn.Module):
+    """Self-attention.
+
+    Attributes:
+      num_heads: heads; must divide the embedding width.
+      implementation: "xla", or "cudnn" (fused; NVIDIA GPU and bfloat16 only).
+      dtype: of the matrix products.
+      kernel_init: of both projections; biases start at 0.
+    """
+
+    num_heads: int
+    implementation: str = "xla"
+    dtype: jnp.dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps tokens `[b, n, d]` to `[b, n, d]`; every token attends to every other."""
+        b, n, d = x.shape
+        if d % self.num_heads:
+            raise ValueError(
+                f"embed_dim={d} must be a multiple of num_heads={self.num_heads}; "
+                "the released models have heads of width 64"
+            )
+        # Dense layers see flat tokens: XLA on CPU runs 2-d products best.
+        x = rearrange(x, "b n d -> (b n) d")
+        qkv = nn.Dense(3 * d, dtype=self.dtype, kernel_init=self.kernel_init, name="qkv")(x)
+        qkv = rearrange(
+            qkv, "(b n) (three heads hd) -> three b heads n hd", n=n, three=3, heads=self.num_heads
+        )
+        x = attend(qkv[0], qkv[1], qkv[2], implementation=self.implementation)
+        x = checkpoint_name(rearrange(x, "b heads n hd -> (b n) (heads hd)"), "attention")
+        x = nn.Dense(d, dtype=self.dtype, kernel_init=self.kernel_init, name="proj")(x)
+        return rearrange(x, "(b n) d -> b n d", b=b)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str = "xla") -> jax.Array:
+    """Scaled dot-product attention: softmax(q kT / sqrt(hd)) v.
+
+    Args:
+      q: queries `[b, heads, n, hd]`.
+      k: keys, same shape.
+      v: values, same shape.
+      implementation: "xla" or "cudnn".
+
+    Returns:
+      `[b, heads, n, hd]` in the type of `v`.
+
+    Raises:
+      ValueError: an unknown implementation, or float32 for cuDNN, which has no such kernel.
+    """
+    if implementation == "xla":
+        q = q * q.shape[-1] ** -0.5
+        logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
+        probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        return jnp.einsum("bhnm,bhmd->bhnd", probs, v)
+    if implementation == "cudnn":
+        if q.dtype not in (jnp.bfloat16, jnp.float16):
+            raise ValueError(
+                f"attention={implementation!r} must have half-precision inputs, not {q.dtype}; "
+                "set dtype to bfloat16 or attention to 'xla'"
+            )
+        q, k, v = (rearrange(a, "b heads n hd -> b n heads hd") for a in (q, k, v))
+        x = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        return rearrange(x, "b n heads hd -> b heads n hd")
+    raise ValueError(f"attention={implementation!r} must be one of {IMPLEMENTATIONS}; choose one")

@@ -1,0 +1,131 @@
+"""Stochastic depth: in training, a residual branch is left out for some of the images.
+
+Images lie group-major: `[(num_groups rows), n, d]`. Every draw is made inside a group, so that
+results depend on the groups, never on the devices, and every gather stays on its device.
+Behaviour follows dinov2/layers/block.py (Apache-2.0), whose group is what one GPU holds.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+MODES = ("subset", "bernoulli")
+
+
+@dataclasses.dataclass(frozen=True)
+class DropPath:
+    """What is dropped: hashable, hence a static argument of a block.
+
+    Attributes:
+      rate: share of images that skip a branch, in (0, 1).
+      mode: "subset" computes the branch for exactly `num_kept` images of each group, drawn without
+        replacement, and skips the work for the others; "bernoulli" computes it for all and keeps
+        each with probability 1 - rate.
+      num_groups: groups that the rows of every array fall into.
+    """
+
+    rate: float
+    mode: str = "subset"
+    num_groups: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"drop_path_rate={self.rate} must be in [0, 1); 0 turns it off")
+        if self.mode not in MODES:
+            raise ValueError(f"drop_path_mode={self.mode!r} must be one of {MODES}; choose one")
+
+
+def num_kept(rows: int, rate: float) -> int:
+    """Images of a group of `rows` whose branch is computed: the reference's law."""
+    return max(int(rows * (1 - rate)), 1)
+
+
+def add_residual(
+    x: jax.Array,
+    branch: Callable[[jax.Array], jax.Array],
+    *,
+    drop_path: DropPath | None,
+    make_key: Callable[[], jax.Array],
+) -> jax.Array:
+    """`x + branch(x)`, with stochastic depth.
+
+    The residual of a kept image is scaled by rows / kept ("subset") or 1 / (1 - rate)
+    ("bernoulli"): its expectation is that of the whole branch.
+
+    Args:
+      x: tokens `[(num_groups rows), n, d]`.
+      branch: maps tokens `[any, n, d]` to float32 residuals of the same shape, image by image.
+      drop_path: None keeps everything.
+      make_key: makes the key of the draw; called only if there is something to draw.
+
+    Returns:
+      `[(num_groups rows), n, d]` in the type of `x`; scaled and added in float32.
+
+    Raises:
+      ValueError: the rows do not fall into equal groups.
+    """
+    if drop_path is None or drop_path.rate == 0:
+        return _add(x, branch(x))
+    num_groups = drop_path.num_groups
+    if x.shape[0] % num_groups:
+        raise ValueError(
+            f"images={x.shape[0]} must be a multiple of {num_groups=}; pass whole groups"
+        )
+    rows = x.shape[0] // num_groups
+    if drop_path.mode == "bernoulli":
+        keep_rate = 1 - drop_path.rate
+        keep = jax.random.bernoulli(make_key(), keep_rate, (num_groups, rows))
+        scale = rearrange(keep / keep_rate, "s q -> (s q) 1 1")
+        return _add(x, branch(x) * scale)
+    kept = num_kept(rows, drop_path.rate)
+    if kept == rows:
+        return _add(x, branch(x))
+    order = jnp.argsort(jax.random.uniform(make_key(), (num_groups, rows)), axis=1)
+    chosen, rank = order[:, :kept], jnp.argsort(order, axis=1)  # rank inverts the order
+    residual = branch(take_rows(x, chosen, rank))  # [(num_groups kept), n, d]
+    return _add(x, put_rows(residual, chosen, rank) * (rows / kept))
+
+
+def _add(x: jax.Array, residual: jax.Array) -> jax.Array:
+    return (x.astype(jnp.float32) + residual).astype(x.dtype)
+
+
+# Taking rows out and putting them back are each other's transpose. Both are gathers: a scatter,
+# which is what differentiating a gather would give, is slower on every backend.
+@jax.custom_vjp
+def take_rows(x: jax.Array, chosen: jax.Array, rank: jax.Array) -> jax.Array:
+    """Takes the chosen rows of each group.
+
+    Args:
+      x: `[(s q), ...]`, groups of q rows.
+      chosen: int `[s, kept]`, different rows of each group.
+      rank: int `[s, q]`, place of each row in `chosen`; rows that are not there have a rank of
+        `kept` or more.
+
+    Returns:
+      `[(s kept), ...]`.
+    """
+    x = rearrange(x, "(s q) n d -> s q n d", s=chosen.shape[0])
+    x = jax.vmap(lambda group, index: group.at[index].get(mode="promise_in_bounds"))(x, chosen)
+    return rearrange(x, "s q n d -> (s q) n d")
+
+
+@jax.custom_vjp
+def put_rows(y: jax.Array, chosen: jax.Array, rank: jax.Array) -> jax.Array:
+    """Puts rows `[(s kept), ...]` back in their places: `[(s q), ...]`, 0 elsewhere."""
+    y = rearrange(y, "(s q) n d -> s q n d", s=chosen.shape[0])
+    y = jax.vmap(lambda group, index: group.at[index].get(mode="fill", fill_value=0))(y, rank)
+    return rearrange(y, "s q n d -> (s q) n d")
+
+
+take_rows.defvjp(
+    lambda x, chosen, rank: (take_rows(x, chosen, rank), (chosen, rank)),
+    lambda places, grad: (put_rows(grad, *places), None, None),
+)
+put_rows.defvjp(
+    lambda y, chosen, rank: (put_rows(y, chosen, rank), (chosen, rank)),
+    lambda places, grad: (take_rows(grad, *places), None, None),
+)

@@ -1,0 +1,295 @@
+"""The vision transformer: images in, CLS, register and patch tokens out.
+
+Blocks are one `nn.scan` over parameters stacked on a leading layer axis. Submodules carry the
+reference's names, so that conversion is a table. Behaviour follows
+dinov2/models/vision_transformer.py and dinov2/layers/block.py (Apache-2.0).
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from dinov2_jax.models.attention import Attention
+from dinov2_jax.models.drop_path import DropPath, add_residual
+from dinov2_jax.models.layers import (
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    SwiGLU,
+    ffn_hidden_dim,
+)
+from dinov2_jax.models.pos_embed import interpolate_pos_embed
+
+# The released sizes (dinov2/models/vision_transformer.py, dinov2/hub/backbones.py). Table 17 of
+# the paper gives ViT-B 18 blocks; code and weights have 12.
+VARIANTS = {
+    "vit_small": dict(embed_dim=384, depth=12, num_heads=6, ffn="mlp"),
+    "vit_base": dict(embed_dim=768, depth=12, num_heads=12, ffn="mlp"),
+    "vit_large": dict(embed_dim=1024, depth=24, num_heads=16, ffn="mlp"),
+    "vit_giant2": dict(embed_dim=1536, depth=40, num_heads=24, ffn="swiglu"),
+}
+
+REMATS = ("none", "dots", "blocks")
+
+
+@flax.struct.dataclass
+class BackboneOutput:
+    """Tokens after the final normalisation, in the compute type."""
+
+    cls: jax.Array  # [b, d]
+    registers: jax.Array  # [b, r, d]
+    patches: jax.Array  # [b, n, d], row by row
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward network, each a scaled residual of normalised tokens.
+
+    Attributes:
+      num_heads: attention heads.
+      ffn: "mlp" or "swiglu".
+      mlp_ratio: hidden width over embedding width, before SwiGLU's two thirds.
+      layer_scale_init: initial `gamma`.
+      dtype: compute type.
+      attention: implementation, see `attend`.
+    """
+
+    num_heads: int
+    ffn: str = "mlp"
+    mlp_ratio: float = 4.0
+    layer_scale_init: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+    attention: str = "xla"
+
+    @nn.compact
+    def __call__(self, carry, slot: jax.Array | None, drop_path: DropPath | None):
+        """One layer, as `nn.scan` wants it.
+
+        Args:
+          carry: `(xs, kept)`; xs a tuple of token arrays `[b, n, d]`, one per image size; kept
+            a tuple of buffers `[slots + 1, b, n, d]`, or None.
+          slot: where in the buffers this layer's output goes (the last is a bin), or None.
+          drop_path: stochastic depth, or None.
+
+        Returns:
+          The new carry, and None.
+        """
+        xs, kept = carry
+        norm1 = LayerNorm(dtype=self.dtype, name="norm1")
+        attn = Attention(self.num_heads, self.attention, self.dtype, name="attn")
+        ls1 = LayerScale(self.layer_scale_init, name="ls1")
+        norm2 = LayerNorm(dtype=self.dtype, name="norm2")
+        hidden_dim = ffn_hidden_dim(xs[0].shape[-1], self.mlp_ratio, self.ffn)
+        mlp = {"mlp": Mlp, "swiglu": SwiGLU}[self.ffn](hidden_dim, self.dtype, name="mlp")
+        ls2 = LayerScale(self.layer_scale_init, name="ls2")
+
+        # Each branch of each array draws its own images.
+        for branch in (lambda x: ls1(attn(norm1(x))), lambda x: ls2(mlp(norm2(x)))):
+            xs = tuple(
+                add_residual(
+                    x, branch, drop_path=drop_path, make_key=lambda: self.make_rng("drop_path")
+                )
+                for x in xs
+            )
+        if slot is not None:
+            kept = tuple(
+                jax.lax.dynamic_update_index_in_dim(buffer, x, slot, axis=0)
+                for buffer, x in zip(kept, xs, strict=True)
+            )
+        return (xs, kept), None
+
+
+class VisionTransformer(nn.Module):
+    """DINOv2's backbone. `VARIANTS` has the released sizes.
+
+    Attributes:
+      patch_size: side of a patch in pixels.
+      embed_dim: width `d`.
+      depth: blocks.
+      num_heads: attention heads; must divide the width.
+      ffn: "mlp" or "swiglu".
+      mlp_ratio: hidden width over embedding width, before SwiGLU's two thirds.
+      layer_scale_init: initial residual scale, above 0.
+      num_register_tokens: `r`; they follow CLS and have no position.
+      pos_embed_grid: rows and columns of the stored position table, in patches.
+      interpolation: "offset" or "antialias", see `interpolate_pos_embed`.
+      in_channels: channels `c` of the images.
+      drop_path_rate: stochastic depth in training, the same in every block.
+      drop_path_mode: "subset" or "bernoulli", see `DropPath`.
+      dtype: compute type; parameters, softmax and statistics are float32.
+      remat: what the backward pass recomputes: "none", "dots" (all but the matrix products) or
+        "blocks" (everything).
+      attention: "xla" or "cudnn", see `attend`.
+      scan_unroll: blocks in each turn of the scan.
+    """
+
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    ffn: str = "mlp"
+    mlp_ratio: float = 4.0
+    layer_scale_init: float = 1e-5
+    num_register_tokens: int = 0
+    pos_embed_grid: tuple[int, int] = (16, 16)
+    interpolation: str = "offset"
+    in_channels: int = 3
+    drop_path_rate: float = 0.0
+    drop_path_mode: str = "subset"
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+    attention: str = "xla"
+    scan_unroll: int = 1
+
+    def setup(self):
+        d, normal = self.embed_dim, nn.initializers.normal
+        rows, cols = self.pos_embed_grid
+        self.patch_embed = PatchEmbed(self.patch_size, d, dtype=self.dtype)
+        self.cls_token = self.param("cls_token", normal(1e-6), (1, 1, d))
+        self.pos_embed = self.param("pos_embed", normal(0.02), (1, 1 + rows * cols, d))
+        self.mask_token = self.param("mask_token", nn.initializers.zeros, (1, d))
+        if self.num_register_tokens:
+            shape = (1, self.num_register_tokens, d)
+            self.register_tokens = self.param("register_tokens", normal(1e-6), shape)
+        self.blocks = nn.scan(
+            remat_block(self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "drop_path": True},
+            in_axes=(0, nn.broadcast),
+            length=self.depth,
+            unroll=self.scan_unroll,
+        )(
+            num_heads=self.num_heads,
+            ffn=self.ffn,
+            mlp_ratio=self.mlp_ratio,
+            layer_scale_init=self.layer_scale_init,
+            dtype=self.dtype,
+            attention=self.attention,
+        )
+        self.norm = LayerNorm(dtype=self.dtype)
+
+    def __call__(self, images, masks=None, *, train: bool = False, num_groups: int = 1):
+        """Embeds images of one or several sizes.
+
+        Args:
+          images: `[b, height, width, c]`, normalised; or a tuple of such arrays, of different
+            sizes, which go through each block together. Sides must be multiples of the patch.
+          masks: bool `[b, n]`, True: the patch is replaced by the mask token; or None. For a
+            tuple of images a tuple of those.
+          train: whether stochastic depth is on; if so and its rate is above 0, the random stream
+            "drop_path" is needed.
+          num_groups: groups that stochastic depth draws in. The images of every array must lie
+            group-major, `[(num_groups rows), ...]`.
+
+        Returns:
+          `BackboneOutput`, or a tuple of them, as `images`.
+
+        Raises:
+          ValueError: sides that are no multiples of the patch, or a wrong number of channels.
+        """
+        single = not isinstance(images, tuple)
+        if single:
+            images, masks = (images,), (masks,)
+        elif masks is None:
+            masks = (None,) * len(images)
+        drop_path = None
+        if train and self.drop_path_rate > 0:
+            drop_path = DropPath(self.drop_path_rate, self.drop_path_mode, num_groups)
+        with jax.named_scope("backbone"):
+            xs = tuple(self.embed(x, mask) for x, mask in zip(images, masks, strict=True))
+            (xs, _), _ = self.blocks((xs, None), None, drop_path)
+            outputs = tuple(self.split(self.norm(x)) for x in xs)
+        return outputs[0] if single else outputs
+
+    def intermediate_layers(
+        self, images: jax.Array, layers: int | Sequence[int] = 1, *, norm: bool = True
+    ) -> list[BackboneOutput]:
+        """Outputs of several blocks, in the order of the blocks.
+
+        Args:
+          images: `[b, height, width, c]`, normalised.
+          layers: how many of the last blocks, or which blocks, counted from 0.
+          norm: whether the final normalisation is applied to each.
+
+        Returns:
+          One `BackboneOutput` per block.
+
+        Raises:
+          ValueError: blocks that do not exist, or the same twice.
+        """
+        if isinstance(layers, int):
+            layers = range(self.depth - layers, self.depth)
+        chosen = sorted(layers)
+        if (
+            not chosen
+            or len(set(chosen)) < len(chosen)
+            or chosen[0] < 0
+            or chosen[-1] >= self.depth
+        ):
+            raise ValueError(
+                f"layers={list(layers)} must be different blocks of 0..{self.depth - 1}; choose "
+                "among them, or give how many of the last ones"
+            )
+        with jax.named_scope("backbone"):
+            x = self.embed(images, None)
+            # Only the chosen outputs are kept; all others share one more slot.
+            buffer = jnp.zeros((len(chosen) + 1, *x.shape), x.dtype)
+            slots = [chosen.index(i) if i in chosen else len(chosen) for i in range(self.depth)]
+            carry, _ = self.blocks(((x,), (buffer,)), jnp.array(slots), None)
+            kept = carry[1][0]
+            return [self.split(self.norm(x) if norm else x) for x in kept[: len(chosen)]]
+
+    def embed(self, images: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Tokens of images `[b, height, width, c]` before the blocks: `[b, 1 + r + n, d]`."""
+        b, height, width, c = images.shape
+        if c != self.in_channels:
+            raise ValueError(
+                f"images have {c} channels but in_channels={self.in_channels}; "
+                "channels are the last axis"
+            )
+        x = self.patch_embed(images)  # [b, n, d]
+        if mask is not None:
+            x = jnp.where(mask[..., None], self.mask_token.astype(x.dtype), x)
+        pos_embed = interpolate_pos_embed(
+            self.pos_embed,
+            stored_grid=self.pos_embed_grid,
+            grid=(height // self.patch_size, width // self.patch_size),
+            interpolation=self.interpolation,
+        ).astype(x.dtype)
+        cls = jnp.broadcast_to(
+            self.cls_token.astype(x.dtype) + pos_embed[:, :1], (b, 1, x.shape[-1])
+        )
+        x = x + pos_embed[:, 1:]
+        if not self.num_register_tokens:
+            return jnp.concatenate([cls, x], axis=1)
+        registers = jnp.broadcast_to(
+            self.register_tokens.astype(x.dtype), (b, *self.register_tokens.shape[1:])
+        )
+        return jnp.concatenate([cls, registers, x], axis=1)
+
+    def split(self, x: jax.Array) -> BackboneOutput:
+        """Names the tokens of `[b, 1 + r + n, d]`."""
+        r = self.num_register_tokens
+        return BackboneOutput(cls=x[:, 0], registers=x[:, 1 : 1 + r], patches=x[:, 1 + r :])
+
+
+def remat_block(remat: str) -> type[Block]:
+    """`Block`, with the backward pass recomputing what `remat` says."""
+    if remat == "none":
+        return Block
+    policies = jax.checkpoint_policies
+    if remat == "dots":
+        # The products with weights and the attention's result; its n x n matrices are not kept.
+        policy = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names("attention"),
+        )
+    elif remat == "blocks":
+        policy = policies.nothing_saveable
+    else:
+        raise ValueError(f"{remat=} must be one of {REMATS}; choose one of them")
+    # The scan keeps XLA from merging the recomputation with the forward pass.
+    return nn.remat(Block, prevent_cse=False, static_argnums=(3,), policy=policy)
