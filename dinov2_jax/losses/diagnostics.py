@@ -12,6 +12,25 @@ from jax import Array
 from jax.typing import ArrayLike
 
 
+def target_metrics(dino_probs: Array | None, cls: Array) -> dict[str, Array]:
+    """What is worth watching about the teacher.
+
+    Args:
+        dino_probs: DINO targets `[..., k]`, no padding; None without a DINO loss.
+        cls: CLS features before the head `[..., d]`.
+
+    Returns:
+        feature_std and feature_rank, and with targets teacher_entropy and prototypes_in_use.
+    """
+    features = cls.reshape(-1, cls.shape[-1])
+    metrics = {"feature_std": feature_std(features), "feature_rank": feature_rank(features)}
+    if dino_probs is not None:
+        probs = dino_probs.reshape(-1, dino_probs.shape[-1])
+        metrics["teacher_entropy"] = entropy_over_log_k(probs)
+        metrics["prototypes_in_use"] = prototypes_in_use(probs)
+    return metrics
+
+
 def dino_ce_over_log_k(
     dino_local_loss: Array,
     dino_global_loss: Array,
@@ -62,19 +81,22 @@ def entropy_over_log_k(probs: Array, *, row_weights: Array | None = None) -> Arr
     `row_weights [n]`: 0 leaves a row (padding) out. None: all rows. 0 without rows, or if K = 1.
     """
     probs = probs.astype(jnp.float32)
-    # p ln p is 0 at 0; jax.scipy.special.xlogy says so without a NaN.
-    return _mean_entropy(-jax.scipy.special.xlogy(probs, probs).sum(-1), probs, row_weights)
+    if row_weights is None:
+        row_weights = jnp.ones(probs.shape[0], jnp.float32)
+    row_weights = (row_weights > 0).astype(jnp.float32)
+    entropy = -jax.scipy.special.xlogy(probs, probs).sum(axis=-1)  # [n]; 0 ln 0 is 0
+    mean = (row_weights * entropy).sum() / jnp.maximum(row_weights.sum(), 1.0)
+    return _share_of_log_k(mean, probs.shape[-1])
 
 
-def softmax_entropy_over_log_k(
-    logits: Array, temp: ArrayLike, *, row_weights: Array | None = None
-) -> Array:
-    """As `entropy_over_log_k`, of softmax(logits / temp) for `logits [n, k]`."""
-    z = logits.astype(jnp.float32) / temp
+def student_entropy(logits: Array, *, student_temp: ArrayLike) -> Array:
+    """Mean entropy of softmax(logits / student_temp) over ln K, for `logits [n, k]`: in [0, 1]."""
+    z = jax.lax.stop_gradient(logits).astype(jnp.float32) / student_temp
     z = z - z.max(axis=-1, keepdims=True)
     exp_z = jnp.exp(z)
     total = exp_z.sum(axis=-1)
-    return _mean_entropy(jnp.log(total) - (exp_z * z).sum(axis=-1) / total, z, row_weights)
+    entropy = jnp.log(total) - (exp_z * z).sum(axis=-1) / total  # [n]
+    return _share_of_log_k(entropy.mean(), logits.shape[-1])
 
 
 def prototypes_in_use(probs: Array, *, row_weights: Array | None = None) -> Array:
@@ -133,15 +155,6 @@ def feature_rank(features: Array) -> Array:
     trace = jnp.trace(gram)
     gram = gram / jnp.where(trace > 0, trace, 1.0)  # before squaring: no under- or overflow
     return jnp.where(trace > 0, 1.0 / jnp.square(gram).sum(), 0.0)
-
-
-def _mean_entropy(entropy: Array, like: Array, row_weights: Array | None) -> Array:
-    """Mean of `entropy [n]` over the real rows, over ln K with K from `like [n, k]`."""
-    if row_weights is None:
-        row_weights = jnp.ones(entropy.shape[0], jnp.float32)
-    row_weights = (row_weights > 0).astype(jnp.float32)
-    mean = (row_weights * entropy).sum() / jnp.maximum(row_weights.sum(), 1.0)
-    return _share_of_log_k(mean, like.shape[-1])
 
 
 def _share_of_log_k(value: Array, num_prototypes: int) -> Array:

@@ -37,7 +37,7 @@ def make_optimizer(
         b1, b2, eps: Adam's; 0.9, 0.999 and 1e-8 in the reference.
         clip_norm: largest L2 norm of the gradient of each module, i.e. of each top-level entry of
             the params (backbone, dino_head, ibot_head); 0: no clipping.
-        lr_multipliers, wd_multipliers, is_last_layer: trees of `make_param_groups`.
+        lr_multipliers, wd_multipliers, is_last_layer: trees of `parameter_groups`.
 
     Returns:
         An optax transformation. `update` wants `params` and the keyword `hyperparameters`; its

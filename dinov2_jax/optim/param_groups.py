@@ -24,7 +24,7 @@ class ParamGroups(NamedTuple):
     is_last_layer: Any  # bool: the heads' prototypes
 
 
-def make_param_groups(
+def parameter_groups(
     params: Any, *, layerwise_lr_decay: float = 1.0, patch_embed_lr_multiplier: float = 1.0
 ) -> ParamGroups:
     """Sorts the parameters of {"backbone": ..., "dino_head": ..., "ibot_head": ...}.
