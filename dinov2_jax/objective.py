@@ -6,7 +6,6 @@ separate so that other compositions (a frozen teacher, no masks) can reuse them.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import flax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from dinov2_jax.losses import centering, diagnostics
-from dinov2_jax.losses.dino import dino_global_loss, dino_local_loss
+from dinov2_jax.losses.dino import dino_global_loss, dino_local_loss, num_loss_terms
 from dinov2_jax.losses.ibot import ibot_loss
 from dinov2_jax.losses.koleo import koleo_loss
 from dinov2_jax.sharding import BATCH_AXES, constrain
@@ -129,23 +128,36 @@ def center_targets(
     """Turns teacher logits into targets over the whole batch; also returns the next centers."""
     centers = dict(centers)
 
-    def targets_of(name: str, logits: jax.Array, row_weights: jax.Array | None) -> jax.Array:
-        rows = logits.reshape(-1, logits.shape[-1])
+    def targets_of(name: str, logits: jax.Array | None, is_real: jax.Array) -> jax.Array | None:
+        if logits is None:
+            return None
+        rows = constrain(logits.reshape(-1, logits.shape[-1]), BATCH_AXES, "model")
         if losses.centering == "sinkhorn_knopp":
             probs = centering.sinkhorn_knopp(
-                rows, teacher_temp, row_weights=row_weights, num_iters=losses.num_sinkhorn_iters
+                rows,
+                teacher_temp,
+                row_weights=is_real.reshape(-1),
+                num_iters=losses.num_sinkhorn_iters,
             )
         else:
             probs = centering.softmax_center(rows, centers[name], teacher_temp)
+            # The reference averages over the rows of a GPU, then over GPUs: a mean of group means.
+            group_rows = jnp.maximum(is_real.sum(axis=1, keepdims=True), 1.0)
             centers[name] = centering.update_center(
-                centers[name], rows, row_weights=row_weights, momentum=losses.center_momentum
+                centers[name],
+                rows,
+                row_weights=(is_real / group_rows).reshape(-1),
+                momentum=losses.center_momentum,
             )
         return probs.reshape(logits.shape)
 
-    dino_probs = None if dino_logits is None else targets_of("dino", dino_logits, None)
-    is_real = (mask_weights > 0).astype(jnp.float32).reshape(-1)
-    ibot_probs = None if ibot_logits is None else targets_of("ibot", ibot_logits, is_real)
-    return Targets(dino_probs=dino_probs, ibot_probs=ibot_probs), centers
+    num_groups = mask_weights.shape[0]
+    cls_rows = 0 if dino_logits is None else dino_logits.shape[1] * dino_logits.shape[2]
+    targets = Targets(
+        dino_probs=targets_of("dino", dino_logits, jnp.ones((num_groups, cls_rows))),
+        ibot_probs=targets_of("ibot", ibot_logits, (mask_weights > 0).astype(jnp.float32)),
+    )
+    return targets, centers
 
 
 def student_loss(
@@ -160,73 +172,90 @@ def student_loss(
     """The objective of one (micro-)batch: weighted DINO + iBOT + KoLeo.
 
     Returns:
-      The total loss [], and its unweighted terms with what is worth watching about them.
+      The total loss [], and with it the unweighted terms and what is worth watching about them.
     """
     s, g, q = views.global_crops.shape[:3]
     num_local = views.local_crops.shape[1]
-    global_images = rearrange(views.global_crops, "s g q ... -> (s g q) ...")
-    masks = rearrange(views.masks, "s gq n -> (s gq) n") if losses.ibot_weight else None
-    images, all_masks = (global_images,), (masks,)
-    if num_local:
-        images += (rearrange(views.local_crops, "s l q ... -> (s l q) ..."),)
-        all_masks += (None,)
-    outputs = network.apply(
-        "backbone", student, images, all_masks, train=True, num_groups=s, rngs={"drop_path": key}
+    cls, local_cls, patches = student_features(
+        student, views, key, network=network, has_masks=bool(losses.ibot_weight)
     )
-    cls = rearrange(outputs[0].cls, "(s g q) d -> g s q d", s=s, g=g)
+    temp = losses.student_temp
     terms: Metrics = {}
     watch: Metrics = {}
 
     if losses.dino_weight:
-        teacher_probs = rearrange(targets.dino_probs, "s g q k -> g (s q) k")
-        num_terms = max(num_local * g, 1) + (g - 1) * g
-        logits = network.apply("dino_head", student, rearrange(cls, "g s q d -> g (s q) d"))
-        logits = constrain(logits, None, BATCH_AXES, "model")
+        num_terms = num_loss_terms(num_global_crops=g, num_local_crops=num_local)
+        logits = network.apply("dino_head", student, cls)  # [s, g, q, k]
+        local_logits = network.apply("dino_head", student, local_cls)  # [s, l, q, k]
         terms["dino_global_loss"] = dino_global_loss(
-            logits, teacher_probs, student_temp=losses.student_temp, num_terms=num_terms
+            logits, targets.dino_probs, student_temp=temp, num_terms=num_terms
         )
-        terms["dino_local_loss"] = jnp.zeros(())
-        if num_local:
-            local_cls = rearrange(outputs[1].cls, "(s l q) d -> l (s q) d", s=s, l=num_local)
-            local_logits = network.apply("dino_head", student, local_cls)
-            local_logits = constrain(local_logits, None, BATCH_AXES, "model")
-            terms["dino_local_loss"] = dino_local_loss(
-                local_logits, teacher_probs, student_temp=losses.student_temp, num_terms=num_terms
-            )
-        mean_ce = (terms["dino_global_loss"] + terms["dino_local_loss"]) * num_terms
-        mean_ce /= num_local * g + (g - 1) * g
-        watch["dino_ce_over_log_k"] = mean_ce / math.log(logits.shape[-1])
+        terms["dino_local_loss"] = dino_local_loss(
+            local_logits, targets.dino_probs, student_temp=temp, num_terms=num_terms
+        )
+        watch["dino_ce_over_log_k"] = diagnostics.dino_ce_over_log_k(
+            terms["dino_local_loss"],
+            terms["dino_global_loss"],
+            num_local_crops=num_local,
+            num_terms=num_terms,
+            num_prototypes=logits.shape[-1],
+        )
         watch["student_entropy"] = diagnostics.student_entropy(
-            rearrange(logits, "g b k -> (g b) k"), student_temp=losses.student_temp
+            rearrange(logits, "s g q k -> (s g q) k"), student_temp=temp
         )
 
     if losses.ibot_weight:
-        tokens = gather_masked(outputs[0].patches, views.mask_indices)
-        logits = network.apply(
-            network.patch_head_name, student, rearrange(tokens, "s m d -> (s m) d")
-        )
-        logits = constrain(logits, BATCH_AXES, "model")
-        weights = rearrange(views.mask_weights, "s m -> (s m)")
+        tokens = gather_masked(patches, views.mask_indices)
+        logits = network.apply(network.patch_head_name, student, tokens)  # [s, m, k]
         terms["ibot_loss"] = ibot_loss(
             logits,
-            rearrange(targets.ibot_probs, "s m k -> (s m) k"),
-            weights,
-            student_temp=losses.student_temp,
+            targets.ibot_probs,
+            views.mask_weights,
+            student_temp=temp,
             num_crops=s * g * q,
         )
-        masked_share = jnp.sum(weights) / (s * g * q)  # the weights of a masked crop sum to 1
-        mean_ce = terms["ibot_loss"] / jnp.maximum(masked_share, 1e-12)
-        watch["ibot_ce_over_log_k"] = mean_ce / math.log(logits.shape[-1])
+        watch["ibot_ce_over_log_k"] = diagnostics.ibot_ce_over_log_k(
+            terms["ibot_loss"],
+            views.mask_weights,
+            num_crops=s * g * q,
+            num_prototypes=logits.shape[-1],
+        )
 
     if losses.koleo_weight:
-        crops = cls if losses.koleo_crops == "both" else cls[:1]
-        terms["koleo_loss"] = koleo_loss(crops)
+        crops = cls if losses.koleo_crops == "both" else cls[:, :1]
+        terms["koleo_loss"] = koleo_loss(rearrange(crops, "s g q d -> g s q d"))
 
-    term_weights = {
+    weights = {
         "dino_global_loss": losses.dino_weight,
         "dino_local_loss": losses.dino_weight,
         "ibot_loss": losses.ibot_weight,
         "koleo_loss": losses.koleo_weight,
     }
-    total = sum(term_weights[name] * value for name, value in terms.items())
+    total = sum(weights[name] * value for name, value in terms.items())
     return total, {"total_loss": total, **terms, **watch}
+
+
+def student_features(
+    student: Params, views: Views, key: jax.Array, *, network: Network, has_masks: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs the student's backbone once over both crop sizes.
+
+    Returns:
+      CLS features of the global crops [s, g, q, d] and of the local ones [s, l, q, d], and patch
+      features of the global crops [(s g q), n, d].
+    """
+    s, g, q = views.global_crops.shape[:3]
+    num_local = views.local_crops.shape[1]
+    images = (rearrange(views.global_crops, "s g q ... -> (s g q) ..."),)
+    masks = (rearrange(views.masks, "s gq n -> (s gq) n") if has_masks else None,)
+    if num_local:
+        images += (rearrange(views.local_crops, "s l q ... -> (s l q) ..."),)
+        masks += (None,)
+    outputs = network.apply(
+        "backbone", student, images, masks, train=True, num_groups=s, rngs={"drop_path": key}
+    )
+    cls = rearrange(outputs[0].cls, "(s g q) d -> s g q d", s=s, g=g)
+    local_cls = jnp.zeros((s, 0, q, cls.shape[-1]), cls.dtype)
+    if num_local:
+        local_cls = rearrange(outputs[1].cls, "(s l q) d -> s l q d", s=s, l=num_local)
+    return cls, local_cls, outputs[0].patches
