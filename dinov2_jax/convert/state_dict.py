@@ -1,0 +1,223 @@
+"""Between our parameter trees and the reference's flat state dicts, exactly and strictly.
+
+In: a nested dict of arrays, or a dict of names. Out: the other. Nothing is skipped: names without
+a rule, parameters without a source, two names for one parameter and wrong shapes are all reported
+in one error. The rules are a table, `dinov2_jax.convert.rules`; here is the engine. Numpy only.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from einops import EinopsError, rearrange
+
+from dinov2_jax.convert.rules import MODULES, Rule
+
+# The reference's training checkpoints say `blocks.{chunk}.{i}`, i counted over all chunks (its
+# `block_chunks`); the released backbones say `blocks.{i}`.
+CHUNK = re.compile(r"^blocks\.\d+\.(?=\d+\.)")
+
+
+class ConversionError(ValueError):
+    """Parameters that do not fit; `problems` has one line for each reason."""
+
+    def __init__(self, what: str, problems: list[str]):
+        self.problems = problems
+        super().__init__("\n  ".join([f"{what}: {len(problems)} problem(s)", *problems]))
+
+
+def from_reference(flat: Mapping[str, np.ndarray], *, template: Mapping | None = None) -> dict:
+    """Makes our tree from a state dict of the reference.
+
+    Args:
+      flat: name -> array. Either the names of a bare backbone, or names with the prefixes
+        "backbone.", "dino_head." and "ibot_head." (any of them). Block names may be chunked.
+      template: tree whose paths and shapes the result must have; its leaves need only a `shape`.
+        Without it, each module found must be complete.
+
+    Returns:
+      The nested parameters of a backbone, or of {"backbone": .., "dino_head": .., ..}; types and
+      bits are kept.
+
+    Raises:
+      ConversionError: lists every name and shape that does not fit.
+    """
+    problems = [] if flat else ["it is empty"]
+    is_bare = not any(name.startswith(tuple(f"{m}." for m in MODULES)) for name in flat)
+    modules = defaultdict(dict)
+    for full_name, array in flat.items():
+        module, _, name = ("backbone", "", full_name) if is_bare else full_name.partition(".")
+        if module in MODULES:
+            modules[module][name] = np.asarray(array)
+        else:
+            problems.append(f"{full_name} has no rule")
+    paths = {}
+    for module, named in modules.items():
+        prefix = "" if is_bare else f"{module}."
+        found = _module_from_reference(named, MODULES[module], prefix, problems)
+        paths |= {prefix.replace(".", "/") + path: array for path, array in found.items()}
+    if template is not None:
+        problems += _mismatches(paths, _flatten(template))
+    if problems:
+        raise ConversionError("cannot read this state dict", problems)
+    return _nest(paths)
+
+
+def to_reference(params: Mapping) -> dict[str, np.ndarray]:
+    """Makes the reference's state dict from our tree: the inverse of `from_reference`.
+
+    Args:
+      params: the nested parameters of a backbone, or {"backbone": .., "dino_head": ..,
+        "ibot_head": ..} (any of them); leaves are arrays that numpy can read.
+
+    Returns:
+      name -> array, in the reference's order and not chunked; with prefixes unless `params` is a
+      bare backbone. Arrays may be views of those given, and not contiguous.
+
+    Raises:
+      ConversionError: lists every path and shape that does not fit.
+    """
+    problems = [] if params else ["it is empty"]
+    is_bare = not any(module in params for module in MODULES)
+    flat = {}
+    for module, tree in ({"backbone": params} if is_bare else params).items():
+        if module not in MODULES:
+            problems.append(f"{module} has no rule")
+            continue
+        paths = {path: np.asarray(leaf) for path, leaf in _flatten(tree).items()}
+        prefix = "" if is_bare else f"{module}/"
+        named = _module_to_reference(paths, MODULES[module], prefix, problems)
+        flat |= {prefix.replace("/", ".") + name: array for name, array in named.items()}
+    if problems:
+        raise ConversionError("cannot name these parameters", problems)
+    return flat
+
+
+def _module_from_reference(named, rules, prefix, problems) -> dict[str, np.ndarray]:
+    """`{name: array}` of one module to `{path: array}`."""
+    parts = defaultdict(dict)  # (rule, number) -> {block: (name, array)}
+    for name, array in named.items():
+        rule, block, number = _match(rules, "reference", CHUNK.sub("blocks.", name))
+        if rule is None:
+            problems.append(f"{prefix}{name} has no rule")
+        elif block in parts[rule, number]:
+            other, _ = parts[rule, number][block]
+            problems.append(f"{prefix}{name} and {prefix}{other} are the same parameter")
+        else:
+            parts[rule, number][block] = name, array
+    problems += _missing(rules, {rule for rule, _ in parts}, "reference", prefix)
+    depth = 1 + max((block for found in parts.values() for block in found), default=0)
+    paths = {}
+    for (rule, number), found in parts.items():
+        arrays = []
+        for block in range(depth if rule.is_stacked else 1):
+            if block not in found:
+                problems.append(f"{prefix}{rule.reference.format(i=block)} is missing")
+                continue
+            name, array = found[block]
+            try:
+                arrays.append(_move(array, rule.layout))
+            except EinopsError:
+                problems.append(f"{prefix}{name} has shape {array.shape}, not {rule.layout}")
+        shapes = {array.shape for array in arrays}
+        if len(shapes) > 1:
+            problems.append(f"{prefix}{rule.reference} has several shapes: {sorted(shapes)}")
+        elif arrays:
+            path = rule.ours.format(j=number)
+            paths[path] = np.stack(arrays) if rule.is_stacked else arrays[0]
+    return paths
+
+
+def _module_to_reference(paths, rules, prefix, problems) -> dict[str, np.ndarray]:
+    """`{path: array}` of one module to `{name: array}`, in the reference's order."""
+    named, present, depths = [], set(), {}
+    first_numbered = min(place for place, rule in enumerate(rules) if "{" in rule.reference)
+    for path, array in paths.items():
+        rule, _, number = _match(rules, "ours", path)
+        if rule is None:
+            problems.append(f"{prefix}{path} has no rule")
+            continue
+        present.add(rule)
+        if rule.is_stacked:
+            depths[f"{prefix}{path}"] = array.shape[:1]
+        place = rules.index(rule)
+        for block, part in enumerate(np.atleast_1d(array) if rule.is_stacked else [array]):
+            name = rule.reference.format(i=block, j=number)
+            try:
+                part = _move(part, rule.layout, inverse=True)
+            except EinopsError:
+                problems.append(f"{prefix}{path} has shape {array.shape}, from {rule.layout}")
+                break
+            is_numbered = "{" in rule.reference
+            order = (first_numbered, block + int(number or 0)) if is_numbered else (place, 0)
+            named.append((*order, place, name, part))
+    problems += _missing(rules, present, "ours", prefix)
+    if len(set(depths.values())) > 1:
+        problems.append(f"blocks are not stacked to one depth: {depths}")
+    return {name: part for *_, name, part in sorted(named, key=lambda entry: entry[:3])}
+
+
+def _match(rules: Iterable[Rule], side: str, name: str) -> tuple[Rule | None, int, str]:
+    """The rule for a name ("reference") or path ("ours"); its block, or 0; its number, or ""."""
+    for rule in rules:
+        pattern = re.escape(getattr(rule, side))
+        for letter in "ij":
+            pattern = pattern.replace(rf"\{{{letter}\}}", rf"(?P<{letter}>\d+)")
+        if match := re.fullmatch(pattern, name):
+            numbers = match.groupdict()
+            return rule, int(numbers.get("i", 0)), numbers.get("j", "")
+    return None, 0, ""
+
+
+def _missing(rules: Iterable[Rule], present: set[Rule], side: str, prefix: str) -> list[str]:
+    """What a module lacks: parameters that all models have, or that its options ask for."""
+    options = {rule.option for rule in present}
+    problems = [
+        f"{prefix}{getattr(rule, side)} is missing"
+        for rule in rules
+        if rule not in present and (not rule.option or rule.option in options)
+    ]
+    choices = {rule.option for rule in rules if "=" in rule.option}
+    for choice in sorted({option.split("=")[0] for option in choices}):
+        values = sorted(option for option in choices if option.startswith(f"{choice}="))
+        found = sorted(options.intersection(values))
+        if len(found) != 1:
+            problems.append(f"{prefix}: exactly one of {values} must be there, not {found}")
+    return problems
+
+
+def _mismatches(paths: Mapping, template: Mapping) -> list[str]:
+    problems = [f"{path} is not in the model" for path in paths if path not in template]
+    for path, leaf in template.items():
+        if path not in paths:
+            problems.append(f"{path} of the model has no source")
+        elif tuple(leaf.shape) != paths[path].shape:
+            problems.append(f"{path} has shape {paths[path].shape}, the model {tuple(leaf.shape)}")
+    return problems
+
+
+def _move(array: np.ndarray, layout: str, *, inverse: bool = False) -> np.ndarray:
+    if not layout:
+        return array
+    source, target = layout.split(" -> ")
+    return rearrange(array, f"{target} -> {source}" if inverse else layout)
+
+
+def _flatten(tree: Mapping, path: str = "") -> dict:
+    flat = {}
+    for name, leaf in tree.items():
+        is_branch = isinstance(leaf, Mapping)
+        flat |= _flatten(leaf, f"{path}{name}/") if is_branch else {path + name: leaf}
+    return flat
+
+
+def _nest(paths: Mapping) -> dict:
+    tree = {}
+    for path, leaf in paths.items():
+        *parents, name = path.split("/")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[name] = leaf
+    return tree
