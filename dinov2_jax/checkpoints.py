@@ -1,0 +1,185 @@
+"""Checkpoints: the train state and the host's books, saved in the background, kept by policy.
+
+A thin wrapper on Orbax's `CheckpointManager`. One step is one directory that appears by a rename:
+a run killed while saving leaves the step before it untouched, and a directory that the rename
+never reached is removed at the next start.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+STATE, HOST = "state", "host"
+# Where a step that cannot be read is moved, out of the way of a new one of the same number.
+UNREADABLE = "unreadable"
+
+
+@dataclasses.dataclass
+class KeepPolicy:
+    """Which checkpoints stay: the last few, every so many steps, and the best one.
+
+    Attributes:
+      last: how many of the newest stay, at least 1.
+      every_steps: multiples of it stay too; 0: none.
+      best_step: stays too; None: none. The caller moves it as evaluations come in.
+    """
+
+    last: int
+    every_steps: int = 0
+    best_step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
+        """Orbax's question, for checkpoints in ascending order of their steps."""
+        del context
+        newest = {info.step for info in checkpoints[-self.last :]}
+        return [
+            info.step in newest
+            or info.step == self.best_step
+            or bool(self.every_steps and info.step % self.every_steps == 0)
+            for info in checkpoints
+        ]
+
+
+class Checkpoints:
+    """Saves and restores under one directory. A context manager: leaving it waits for saves."""
+
+    def __init__(self, directory: epath.PathLike, keep: KeepPolicy):
+        """Opens the directory, creating it, and removes what a killed save left behind.
+
+        Args:
+          directory: local or remote (anything epath opens).
+          keep: which steps stay; asked after every save.
+        """
+        # Orbax reports every phase of every save at the level of warnings and below.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.directory = epath.Path(directory)
+        self.keep = keep
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self.keep,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+        )
+        return ocp.CheckpointManager(
+            self.directory,
+            options=options,
+            item_handlers={
+                STATE: ocp.StandardCheckpointHandler(),
+                HOST: ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.close()
+
+    def save(self, step: int, state: Any, host: dict[str, Any]) -> None:
+        """Starts to save; returns when `state` is copied, so it may be donated or changed.
+
+        A step that is already there is left as it is. An error of the save before this one, a
+        full disk for example, is raised here or by `wait`.
+
+        Args:
+          step: updates done.
+          state: a pytree of arrays.
+          host: what JSON can hold.
+        """
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    STATE: ocp.args.StandardSave(state),
+                    HOST: ocp.args.JsonSave(copy.deepcopy(host)),
+                }
+            ),
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Returns when everything that was saved is on disk; raises what went wrong."""
+        self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        """The complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def restore_latest(
+        self, abstract_state: Any, *, warn: Callable[[str], None]
+    ) -> tuple[int, Any, dict[str, Any]] | None:
+        """Restores the newest checkpoint that can be read.
+
+        Steps that cannot be read (a disk error, a directory half deleted) are moved to
+        `unreadable/`, so that nothing is lost and their numbers are free again.
+
+        Args:
+          abstract_state: `jax.ShapeDtypeStruct`s, each with the sharding to restore onto.
+          warn: told about every step that cannot be read.
+
+        Returns:
+          (step, state, host), or None if there is no checkpoint.
+
+        Raises:
+          ValueError: there are checkpoints and none can be read, or the newest holds another
+            tree than `abstract_state` (another model, or another version).
+        """
+        failures = []
+        for step in reversed(self.steps()):
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        **{
+                            STATE: ocp.args.StandardRestore(abstract_state),
+                            HOST: ocp.args.JsonRestore(),
+                        }
+                    ),
+                )
+            # Orbax and TensorStore raise many kinds; the newest step that loads is what counts.
+            except Exception as error:
+                reason = " ".join(str(error).split())[:300]
+                failures.append((step, reason))
+                warn(f"checkpoint {step} cannot be read ({reason})")
+                continue
+            self._set_aside([failed for failed, _ in failures])
+            return step, restored[STATE], restored[HOST]
+        if failures:
+            raise ValueError(
+                f"none of the checkpoints {[step for step, _ in failures]} in {self.directory} "
+                f"can be restored; start in another workdir, or with the code and configuration "
+                f"that wrote them. The newest says: {failures[0][1]}"
+            )
+        return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        self._manager.close()
+        for step in steps:
+            target = self.directory / UNREADABLE / str(step)
+            with contextlib.suppress(FileNotFoundError):
+                target.rmtree()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (self.directory / str(step)).rename(target)
+        self._manager = self._open()
+
+
+def abstract_like(tree: Any, shardings: Any) -> Any:
+    """`ShapeDtypeStruct`s of a tree's leaves with their shardings, for `restore_latest`."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )

@@ -1,0 +1,203 @@
+"""What a run writes about itself: metrics.jsonl, TensorBoard events, optional wandb, its origins.
+
+Numbers come in as they were computed for one step, never averaged over steps, so that a resumed
+run writes the same lines. Only times and rates, which no one can repeat, differ.
+"""
+
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+METRICS_FILE = "metrics.jsonl"
+# The fields that depend on the machine and the moment: all others repeat bit for bit.
+TIMING_FIELDS = (
+    "images_per_sec",
+    "step_secs",
+    "data_wait_share",
+    "compile_secs",
+    "eval_secs",
+    "checkpoint_secs",
+)
+# Packages whose versions decide what a run computes.
+PACKAGES = (
+    "dinov2_jax jax jaxlib flax optax orbax-checkpoint grain ml-collections einops numpy pillow "
+    "simplejpeg safetensors"
+).split()
+
+
+class MetricsWriter:
+    """Appends one JSON object a line, each on disk (or handed to the file system) at once."""
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        restored_step: int | None,
+        tensorboard: bool = False,
+        wandb_project: str = "",
+        config: Mapping[str, Any] | None = None,
+    ):
+        """Opens the files of a new or a resumed run.
+
+        Args:
+          workdir: an existing directory.
+          restored_step: updates done in the state that was restored; later lines, and one that a
+            kill left half written, are dropped. None: a new run, every line is dropped.
+          tensorboard: also write TensorBoard events to workdir/tensorboard.
+          wandb_project: also send to this Weights & Biases project; "": off.
+          config: shown by wandb.
+
+        Raises:
+          ValueError: wandb is wanted and not installed.
+        """
+        workdir = epath.Path(workdir)
+        self.path = workdir / METRICS_FILE
+        self._tensorboard = self._wandb = None
+        if wandb_project:
+            self._wandb = _start_wandb(workdir, wandb_project, config or {})
+        kept = kept_lines(self.path, restored_step)
+        # Written beside and renamed: a kill in between must not lose the old lines.
+        beside = self.path.with_suffix(".jsonl.tmp")
+        beside.write_text("".join(f"{line}\n" for line in kept))
+        beside.replace(self.path)
+        self._file = self.path.open("a")
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            purge_step = None if restored_step is None else restored_step + 1
+            self._tensorboard = SummaryWriter(
+                str(workdir / "tensorboard"),
+                purge_step=purge_step,
+                # The name holds seconds only: two quick starts must not share a file.
+                filename_suffix=f".from{restored_step or 0}",
+            )
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """Writes one line. Numbers that JSON does not know (nan, inf) become null.
+
+        Args:
+          step: updates done.
+          values: plain numbers by name.
+        """
+        values = {name: _plain(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        finite = {name: value for name, value in values.items() if value is not None}
+        if self._tensorboard:
+            for name, value in finite.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(finite, step=step)
+
+
+def kept_lines(path: epath.Path, restored_step: int | None) -> list[str]:
+    """The complete lines of a metrics file up to a step; none if the step is None."""
+    if restored_step is None or not path.exists():
+        return []
+    kept = []
+    for line in path.read_text().split("\n")[:-1]:  # after the last newline: half a line, or none
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a full disk cut short, before a later one
+        if step <= restored_step:
+            kept.append(line)
+    return kept
+
+
+def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of a metrics file, in order."""
+    return [json.loads(line) for line in epath.Path(path).read_text().splitlines()]
+
+
+def _plain(value) -> float | int | None:
+    value = value.item() if hasattr(value, "item") else value
+    return value if value is None or math.isfinite(value) else None
+
+
+def _start_wandb(workdir: epath.Path, project: str, config: Mapping[str, Any]):
+    """A wandb run that a resumed run goes on with: its id lies in the workdir."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"wandb_project={project!r} needs wandb, which is not installed; "
+            "pip install 'dinov2_jax[wandb]', or leave wandb_project empty"
+        ) from error
+    id_file = workdir / "wandb_id.txt"
+    known = id_file.read_text().strip() if id_file.exists() else None
+    run = wandb.init(project=project, id=known, resume="allow", config=dict(config))
+    id_file.write_text(run.id)
+    return run
+
+
+def describe_environment(devices: Sequence[Any], *, repository: epath.PathLike) -> dict[str, Any]:
+    """Where and how this start of the run happens, as JSON can hold it.
+
+    Args:
+      devices: of the mesh.
+      repository: the source tree, whose git revision is recorded if it has one.
+    """
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [sys.executable, *sys.orig_argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "devices": sorted({f"{device.platform}: {device.device_kind}" for device in devices}),
+        "num_devices": len(devices),
+        "packages": versions,
+        "git": git_revision(repository),
+    }
+
+
+def git_revision(repository: epath.PathLike) -> dict[str, Any] | None:
+    """{"revision": ..., "dirty": ...} of a git checkout, or None where there is none."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(repository), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        return {
+            "revision": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def add_environment(workdir: epath.PathLike, environment: Mapping[str, Any]) -> None:
+    """Adds a start to workdir/environment.json: one entry for each time the command was run."""
+    path = epath.Path(workdir) / "environment.json"
+    try:
+        starts = json.loads(path.read_text())["starts"]
+    except (OSError, ValueError, KeyError):
+        starts = []
+    beside = path.with_suffix(".json.tmp")
+    beside.write_text(json.dumps({"starts": [*starts, environment]}, indent=2) + "\n")
+    beside.replace(path)
