@@ -102,6 +102,8 @@ def sinkhorn_knopp(
     logits = logits.astype(jnp.float32)
     num_rows, num_prototypes = logits.shape
     is_real = jnp.ones(num_rows, bool) if row_weights is None else row_weights > 0
+    # Targets do not depend on this share; it keeps u and v from growing with the iterations.
+    share = jnp.maximum(is_real.sum(), 1) / num_prototypes
 
     row_max = logits.max(axis=1)  # [n]
     shift = jnp.where(is_real, row_max, -jnp.inf).max()
@@ -114,7 +116,7 @@ def sinkhorn_knopp(
     highest = jax.lax.Precision.HIGHEST
     for _ in range(num_iters):
         per_prototype = jnp.einsum("nk,n->k", scaled, v, precision=highest)
-        u = 1.0 / jnp.maximum(num_prototypes * per_prototype, smallest)
+        u = share / jnp.maximum(per_prototype, smallest)
         per_row = jnp.einsum("nk,k->n", scaled, u, precision=highest)
         v = jnp.where(is_real, 1.0 / jnp.maximum(per_row, smallest), 0.0)
     return scaled * u * v[:, None]

@@ -1,0 +1,121 @@
+"""Diagnostics at the cases whose answer is known."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dinov2_jax.losses import diagnostics, dino, ibot
+
+
+@pytest.mark.parametrize(
+    ("probs", "expected"),
+    [
+        ([[0.25] * 4], 1.0),
+        ([[1.0, 0.0, 0.0, 0.0]], 0.0),
+        ([[0.5, 0.5, 0.0, 0.0]], math.log(2) / math.log(4)),
+        ([[0.25] * 4, [1.0, 0.0, 0.0, 0.0]], 0.5),
+        ([[1.0], [1.0]], 0.0),
+    ],
+)
+def test_entropy(probs, expected):
+    np.testing.assert_allclose(
+        diagnostics.entropy_over_log_k(jnp.array(probs)), expected, atol=1e-6
+    )
+
+
+def test_entropy_leaves_padding_out():
+    probs = jnp.array([[0.25] * 4, [0.0] * 4, [1.0, 0, 0, 0]])
+    got = diagnostics.entropy_over_log_k(probs, row_weights=jnp.array([0.2, 0.0, 0.0]))
+    np.testing.assert_allclose(got, 1.0, rtol=1e-6)
+    assert diagnostics.entropy_over_log_k(probs, row_weights=jnp.zeros(3)) == 0
+
+
+def test_student_entropy_is_that_of_its_softmax():
+    logits = jax.random.uniform(jax.random.key(0), (6, 20), minval=-1.0)
+    got = diagnostics.student_entropy(logits, student_temp=0.1)
+    want = diagnostics.entropy_over_log_k(jax.nn.softmax(logits / 0.1))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert diagnostics.student_entropy(jnp.ones((3, 1)), student_temp=0.1) == 0
+
+
+def test_prototypes_in_use():
+    probs = jnp.eye(5)[jnp.array([1, 1, 3, 0])]
+    np.testing.assert_allclose(diagnostics.prototypes_in_use(probs), 3 / 5)
+    got = diagnostics.prototypes_in_use(probs, row_weights=jnp.array([1.0, 1.0, 0.0, 0.0]))
+    np.testing.assert_allclose(got, 1 / 5)
+    # A padding row must not switch off what a real row switched on.
+    got = diagnostics.prototypes_in_use(probs, row_weights=jnp.array([1.0, 0.0, 0.0, 0.0]))
+    np.testing.assert_allclose(got, 1 / 5)
+
+
+@pytest.mark.parametrize("num_local_crops", [0, 3])
+@pytest.mark.parametrize("k", [1, 50])
+def test_cross_entropy_of_a_uniform_network_is_log_k(num_local_crops, k):
+    num_terms = dino.num_loss_terms(num_global_crops=2, num_local_crops=num_local_crops)
+    uniform = jnp.full((2, 4, k), 1 / k)
+    local = dino.dino_local_loss(
+        jnp.zeros((num_local_crops, 4, k)), uniform, student_temp=0.1, num_terms=num_terms
+    )
+    across = dino.dino_global_loss(
+        jnp.zeros((2, 4, k)), uniform, student_temp=0.1, num_terms=num_terms
+    )
+    got = diagnostics.dino_ce_over_log_k(
+        local, across, num_local_crops=num_local_crops, num_terms=num_terms, num_prototypes=k
+    )
+    np.testing.assert_allclose(got, 1.0 if k > 1 else 0.0, rtol=1e-5)
+
+    weights = jnp.array([1 / 3, 1 / 3, 1 / 3, 1.0, 0.0])  # two masked crops of four, one padding
+    loss = ibot.ibot_loss(
+        jnp.zeros((5, k)), jnp.full((5, k), 1 / k), weights, student_temp=0.1, num_crops=4
+    )
+    got = diagnostics.ibot_ce_over_log_k(loss, weights, num_crops=4, num_prototypes=k)
+    np.testing.assert_allclose(got, 1.0 if k > 1 else 0.0, rtol=1e-5)
+
+
+def test_no_masked_patches_is_zero():
+    zero = jnp.zeros(5)
+    assert diagnostics.ibot_ce_over_log_k(zero[0], zero, num_crops=4, num_prototypes=9) == 0
+
+
+def test_feature_std():
+    isotropic = jax.random.normal(jax.random.key(0), (4000, 16)) * 7
+    np.testing.assert_allclose(diagnostics.feature_std(isotropic), 1.0, atol=0.01)
+    same = jnp.broadcast_to(isotropic[0], (8, 16))
+    np.testing.assert_allclose(diagnostics.feature_std(same), 0.0, atol=1e-6)
+    assert np.isfinite(diagnostics.feature_std(jnp.zeros((8, 16))))
+
+
+@pytest.mark.parametrize(("n", "d"), [(40, 12), (12, 40)])
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_feature_rank_counts_equal_directions(n, d, rank, scale):
+    """Covariance with `rank` equal eigenvalues, off the origin."""
+    rng = np.random.default_rng(0)
+    columns = np.linalg.qr(np.c_[np.ones(n), rng.standard_normal((n, rank))])[0][:, 1:]
+    directions = np.linalg.qr(rng.standard_normal((d, rank)))[0]
+    features = scale * (columns @ directions.T + 0.5)
+    got = diagnostics.feature_rank(jnp.asarray(features, jnp.float32))
+    np.testing.assert_allclose(got, rank, rtol=1e-4)
+
+
+def test_feature_rank_is_the_participation_ratio():
+    features = np.random.default_rng(0).standard_normal((20, 6)) * np.arange(1, 7)
+    eigenvalues = np.linalg.eigvalsh(np.cov(features.T))
+    want = eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
+    got = diagnostics.feature_rank(jnp.asarray(features, jnp.float32))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert diagnostics.feature_rank(jnp.ones((20, 6))) == 0
+
+
+def test_target_metrics_names():
+    cls = jax.random.normal(jax.random.key(0), (2, 2, 3, 5))
+    probs = jax.nn.softmax(jax.random.normal(jax.random.key(1), (2, 2, 3, 7)))
+    alone = jax.jit(diagnostics.target_metrics)(None, cls)
+    both = jax.jit(diagnostics.target_metrics)(probs, cls)
+    assert set(alone) == {"feature_std", "feature_rank"}
+    assert set(both) == {*alone, "teacher_entropy", "prototypes_in_use"}
+    want = diagnostics.entropy_over_log_k(probs.reshape(12, 7))
+    np.testing.assert_allclose(both["teacher_entropy"], want, rtol=1e-6)
