@@ -1,0 +1,118 @@
+"""The mesh, the path+shape rule, and one device against eight."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dinov2_jax import sharding
+from dinov2_jax.train_state import init_state
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape"),
+    [
+        (dict(), (8, 1, 1)),
+        (dict(data=2, fsdp=-1), (2, 4, 1)),
+        (dict(data=-1, fsdp=2, model=2), (2, 2, 2)),
+    ],
+)
+def test_mesh_fills_up(axes, shape):
+    mesh = sharding.make_mesh(**axes)
+    assert mesh.devices.shape == shape
+    assert sharding.batch_shards(mesh) == shape[0] * shape[1]
+
+
+@pytest.mark.parametrize("axes", [dict(data=3), dict(data=-1, fsdp=-1), dict(data=0)])
+def test_mesh_says_what_does_not_fit(axes):
+    with pytest.raises(ValueError, match="mesh"):
+        sharding.make_mesh(**axes)
+
+
+BIG = 2**20
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "mesh_shape", "spec"),
+    [
+        # the largest axis that divides, never the scanned one
+        (
+            "student/backbone/blocks/mlp/fc1/kernel",
+            (24, 1024, 4096),
+            (1, 8, 1),
+            P(None, None, "fsdp"),
+        ),
+        (
+            "opt_state/mu/backbone/blocks/mlp/fc2/kernel",
+            (24, 4096, 1024),
+            (1, 8, 1),
+            P(None, "fsdp"),
+        ),
+        ("teacher/backbone/blocks/attn/qkv/kernel", (24, 1026, 3075), (1, 8, 1), P()),
+        ("student/backbone/blocks/norm1/scale", (24, 1024), (1, 8, 1), P()),  # too small
+        ("student/dino_head/last_layer/weight_v", (131072, 384), (1, 4, 2), P(("model", "fsdp"))),
+        ("student/dino_head/last_layer/weight_v", (131072, 384), (8, 1, 1), P()),
+        ("student/dino_head/last_layer/weight_g", (131072, 1), (1, 4, 2), P("model")),
+        ("centers/dino", (131072,), (1, 4, 2), P("model")),
+        ("student/dino_head/mlp/0/kernel", (1024, 2048), (1, 8, 1), P(None, "fsdp")),
+        ("step", (), (1, 8, 1), P()),
+    ],
+)
+def test_rule(path, shape, mesh_shape, spec):
+    mesh_shape = dict(zip(sharding.MESH_AXES, mesh_shape, strict=True))
+    found = sharding.leaf_spec(path.split("/"), shape, mesh_shape=mesh_shape, min_size_to_shard=BIG)
+    assert found == spec
+
+
+def run(mesh, *, steps: int = 3) -> list[dict[str, float]]:
+    """Metrics of a few steps with drop path on, everything that can be sharded sharded."""
+    network = tiny.make_network(drop_path_rate=0.5)
+    optimizer = tiny.make_optimizer_for(network)
+    init = functools.partial(
+        init_state, network=network, optimizer=optimizer, image_shape=tiny.IMAGE_SHAPE
+    )
+    with jax.set_mesh(mesh):
+        abstract = jax.eval_shape(init, jax.random.key(0))
+        states = sharding.tree_sharding(abstract, mesh, min_size_to_shard_mb=0.0)
+        state = jax.jit(init, out_shardings=states)(jax.random.key(0))
+        step = jax.jit(
+            tiny.make_step(network, optimizer),
+            in_shardings=(states, sharding.batch_sharding(mesh), None),
+            out_shardings=(states, None),
+            donate_argnums=0,
+        )
+        metrics = []
+        for seed in range(steps):
+            batch = jax.device_put(tiny.make_batch(seed=seed), sharding.batch_sharding(mesh))
+            state, values = step(state, batch, tiny.HYPER)
+            metrics.append({name: float(value) for name, value in values.items()})
+    return metrics
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run(sharding.make_mesh(devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(
+    "axes", [dict(data=8), dict(data=2, fsdp=4), dict(data=2, fsdp=2, model=2)], ids=str
+)
+def test_one_device_equals_eight(one_device, axes):
+    eight = run(sharding.make_mesh(**axes))
+    for step, (one, other) in enumerate(zip(one_device, eight, strict=True)):
+        assert one.keys() == other.keys()
+        for name in one:
+            # Adam divides by the gradient's size: where that is rounding noise, steps differ.
+            np.testing.assert_allclose(
+                other[name], one[name], rtol=1e-5, atol=1e-6, err_msg=f"{name} at step {step}"
+            )
+
+
+def test_bytes_per_device_counts_shards():
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    tree = {"a": jax.ShapeDtypeStruct((64, 16), np.float32)}
+    shardings = sharding.tree_sharding(tree, mesh, min_size_to_shard_mb=0.0)
+    assert sharding.bytes_per_device(tree, shardings) == 64 * 16 * 4 // 8
