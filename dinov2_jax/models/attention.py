@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
+from dinov2_jax.models.layers import TokenDense
+
 IMPLEMENTATIONS = ("xla", "cudnn")
 
 
@@ -21,33 +23,28 @@ class Attention(nn.Module):
       num_heads: heads; must divide the embedding width.
       implementation: "xla", or "cudnn" (fused; NVIDIA GPU and bfloat16 only).
       dtype: of the matrix products.
-      kernel_init: of both projections; biases start at 0.
     """
 
     num_heads: int
     implementation: str = "xla"
     dtype: jnp.dtype = jnp.float32
-    kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps tokens `[b, n, d]` to `[b, n, d]`; every token attends to every other."""
-        b, n, d = x.shape
+        d = x.shape[-1]
         if d % self.num_heads:
             raise ValueError(
                 f"embed_dim={d} must be a multiple of num_heads={self.num_heads}; "
                 "the released models have heads of width 64"
             )
-        # Dense layers see flat tokens: XLA on CPU runs 2-d products best.
-        x = rearrange(x, "b n d -> (b n) d")
-        qkv = nn.Dense(3 * d, dtype=self.dtype, kernel_init=self.kernel_init, name="qkv")(x)
-        qkv = rearrange(
-            qkv, "(b n) (three heads hd) -> three b heads n hd", n=n, three=3, heads=self.num_heads
+        qkv = TokenDense(3 * d, dtype=self.dtype, name="qkv")(x)
+        q, k, v = rearrange(
+            qkv, "b n (three heads hd) -> three b heads n hd", three=3, heads=self.num_heads
         )
-        x = attend(qkv[0], qkv[1], qkv[2], implementation=self.implementation)
-        x = checkpoint_name(rearrange(x, "b heads n hd -> (b n) (heads hd)"), "attention")
-        x = nn.Dense(d, dtype=self.dtype, kernel_init=self.kernel_init, name="proj")(x)
-        return rearrange(x, "(b n) d -> b n d", b=b)
+        x = attend(q, k, v, implementation=self.implementation)
+        x = checkpoint_name(rearrange(x, "b heads n hd -> b n (heads hd)"), "attention")
+        return TokenDense(d, dtype=self.dtype, name="proj")(x)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str = "xla") -> jax.Array:

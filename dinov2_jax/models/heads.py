@@ -5,6 +5,7 @@ Behaviour follows dinov2/layers/dino_head.py (Apache-2.0).
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -33,29 +34,30 @@ class DINOHead(nn.Module):
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         """Maps features `[..., d]` to logits `[..., k]`, float32."""
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers={self.num_layers} must be at least 1; the default is 3")
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=kernel_init)
         with jax.named_scope("head"):
-            x = _HeadMlp(
-                self.hidden_dim, self.bottleneck_dim, self.num_layers, self.dtype, name="mlp"
-            )(features)
+            if self.num_layers == 1:
+                x = dense(self.bottleneck_dim, name="mlp")(features)
+            else:
+                widths = [self.hidden_dim] * (self.num_layers - 1) + [self.bottleneck_dim]
+                x = _Mlp(tuple(widths), dense, name="mlp")(features)
             x = l2_normalize(x.astype(jnp.float32))
             return WeightNormDense(self.num_prototypes, dtype=self.dtype, name="last_layer")(x)
 
 
-class _HeadMlp(nn.Module):
-    hidden_dim: int
-    bottleneck_dim: int
-    num_layers: int
-    dtype: jnp.dtype
+class _Mlp(nn.Module):
+    """Linear layers with GELU between; numbered as PyTorch does, which counts the GELUs."""
+
+    widths: tuple[int, ...]
+    dense: Callable[..., nn.Dense]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.num_layers < 1:
-            raise ValueError(f"num_layers={self.num_layers} must be at least 1; the default is 3")
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=kernel_init)
-        for i in range(self.num_layers - 1):
-            # PyTorch counts the activations too, hence names 0, 2, 4.
-            x = gelu(dense(self.hidden_dim, name=f"{2 * i}")(x))
-        return dense(self.bottleneck_dim, name=f"{2 * (self.num_layers - 1)}")(x)
+        for i, width in enumerate(self.widths):
+            x = self.dense(width, name=f"{2 * i}")(x if i == 0 else gelu(x))
+        return x
 
 
 class WeightNormDense(nn.Module):

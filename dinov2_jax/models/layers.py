@@ -1,7 +1,7 @@
 """The parts of a block: patch embedding, feed-forward networks, LayerScale, normalisation.
 
+In and out: tokens `[b, n, d]`; activations stay cut over the batch, whatever shards the weights.
 Behaviour follows dinov2/layers/{patch_embed,mlp,swiglu_ffn,layer_scale}.py (Apache-2.0).
-Dense layers see flat tokens `[(b n), d]`: XLA on CPU runs 2-d products best.
 """
 
 import functools
@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import PartitionSpec
 
 FFNS = ("mlp", "swiglu")
 
@@ -32,13 +33,66 @@ def torch_uniform_init(fan_in: int) -> nn.initializers.Initializer:
     return init
 
 
+def shard_rows(x: jax.Array) -> jax.Array:
+    """Keeps axis 0 of an activation cut over the batch axes of the mesh, if one is set.
+
+    Left to itself, XLA may cut activations like the weights and sum or move them instead.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
+    if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+
+@jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
     """The exact GELU: x times the normal distribution function of x."""
-    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+    return x * _normal_cdf(x)
+
+
+# By hand, so that only x is kept for the backward pass: a fifth less memory for a block.
+gelu.defvjp(
+    lambda x: (gelu(x), x),
+    lambda x, grad: (grad * (_normal_cdf(x) + x * jnp.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)),),
+)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+class TokenDense(nn.Module):
+    """A linear layer on tokens; kernel N(0, 0.02), bias 0.
+
+    Attributes:
+      features: output width.
+      dtype: of the product.
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps tokens `[b, n, d]` to `[b, n, features]`."""
+        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        b = x.shape[0]
+        # Flat tokens: XLA on CPU is a tenth slower over a block with products of 3-d arrays.
+        x = rearrange(x, "b n d -> (b n) d") @ kernel + bias
+        return shard_rows(rearrange(x, "(b n) d -> b n d", b=b))
 
 
 class Projection(nn.Module):
-    """Kernel and bias of the patch embedding, kept in the layout of a convolution."""
+    """The patch embedding's weights, kept in the layout of a convolution.
+
+    Attributes:
+      patch_size: side of a patch in pixels.
+      features: output width.
+      dtype: of the product.
+    """
 
     patch_size: int
     features: int
@@ -46,19 +100,19 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, patches: jax.Array) -> jax.Array:
-        """Maps flat patches `[.., p * p * c]` (rows, columns, channels) to `[.., d]`."""
+        """Maps flat patches `[.., p * p * c]` (rows, columns, channels) to `[.., features]`."""
         fan_in = patches.shape[-1]
-        channels = fan_in // self.patch_size**2
-        shape = (self.patch_size, self.patch_size, channels, self.features)
-        init = torch_uniform_init(fan_in)
-        kernel = self.param("kernel", init, shape)
-        bias = self.param("bias", init, (self.features,))
+        shape = (self.patch_size, self.patch_size, fan_in // self.patch_size**2, self.features)
+        kernel = self.param("kernel", torch_uniform_init(fan_in), shape)
+        bias = self.param("bias", torch_uniform_init(fan_in), (self.features,))
         patches, kernel, bias = nn.dtypes.promote_dtype(patches, kernel, bias, dtype=self.dtype)
         return patches @ rearrange(kernel, "p1 p2 c d -> (p1 p2 c) d") + bias
 
 
 class PatchEmbed(nn.Module):
     """Cuts images into patches and embeds each: a convolution whose stride is its size.
+
+    As a product of flat patches, which is faster on CPU than the convolution.
 
     Attributes:
       patch_size: side of a patch in pixels.
@@ -83,7 +137,7 @@ class PatchEmbed(nn.Module):
         p = self.patch_size
         patches = rearrange(images, "b (h p1) (w p2) c -> (b h w) (p1 p2 c)", p1=p, p2=p)
         tokens = Projection(p, self.embed_dim, dtype=self.dtype, name="proj")(patches)
-        return rearrange(tokens, "(b n) d -> b n d", b=b)
+        return shard_rows(rearrange(tokens, "(b n) d -> b n d", b=b))
 
 
 class Mlp(nn.Module):
@@ -95,12 +149,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps tokens `[b, n, d]` to `[b, n, d]`."""
-        b, _, d = x.shape
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=kernel_init)
-        x = rearrange(x, "b n d -> (b n) d")
-        x = gelu(dense(self.hidden_dim, name="fc1")(x))
-        x = dense(d, name="fc2")(x)
-        return rearrange(x, "(b n) d -> b n d", b=b)
+        d = x.shape[-1]
+        x = gelu(TokenDense(self.hidden_dim, dtype=self.dtype, name="fc1")(x))
+        return TokenDense(d, dtype=self.dtype, name="fc2")(x)
 
 
 class SwiGLU(nn.Module):
@@ -112,12 +163,10 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps tokens `[b, n, d]` to `[b, n, d]`."""
-        b, _, d = x.shape
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=kernel_init)
-        x = rearrange(x, "b n d -> (b n) d")
-        gate, value = jnp.split(dense(2 * self.hidden_dim, name="w12")(x), 2, axis=-1)
-        x = dense(d, name="w3")(nn.silu(gate) * value)
-        return rearrange(x, "(b n) d -> b n d", b=b)
+        d = x.shape[-1]
+        x = TokenDense(2 * self.hidden_dim, dtype=self.dtype, name="w12")(x)
+        gate, value = jnp.split(x, 2, axis=-1)
+        return TokenDense(d, dtype=self.dtype, name="w3")(nn.silu(gate) * value)
 
 
 def ffn_hidden_dim(embed_dim: int, mlp_ratio: float, ffn: str) -> int:

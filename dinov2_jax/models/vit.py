@@ -21,6 +21,7 @@ from dinov2_jax.models.layers import (
     PatchEmbed,
     SwiGLU,
     ffn_hidden_dim,
+    shard_rows,
 )
 from dinov2_jax.models.pos_embed import interpolate_pos_embed
 
@@ -86,12 +87,13 @@ class Block(nn.Module):
         mlp = {"mlp": Mlp, "swiglu": SwiGLU}[self.ffn](hidden_dim, self.dtype, name="mlp")
         ls2 = LayerScale(self.layer_scale_init, name="ls2")
 
+        def make_key():
+            return self.make_rng("drop_path")
+
         # Each branch of each array draws its own images.
         for branch in (lambda x: ls1(attn(norm1(x))), lambda x: ls2(mlp(norm2(x)))):
             xs = tuple(
-                add_residual(
-                    x, branch, drop_path=drop_path, make_key=lambda: self.make_rng("drop_path")
-                )
+                shard_rows(add_residual(x, branch, drop_path=drop_path, make_key=make_key))
                 for x in xs
             )
         if slot is not None:
