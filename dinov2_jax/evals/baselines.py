@@ -43,6 +43,6 @@ def raw_pixels(image: np.ndarray) -> np.ndarray:
 
 
 def color_stats(image: np.ndarray) -> np.ndarray:
-    """Mean and standard deviation of each channel: uint8 `[height, width, c]` -> float32 `[2 c]`."""
+    """Each channel's mean and deviation: uint8 `[height, width, c]` -> float32 `[2 c]`."""
     pixels = image.reshape(-1, image.shape[-1]).astype(np.float32)
     return np.concatenate([pixels.mean(axis=0), pixels.std(axis=0)])

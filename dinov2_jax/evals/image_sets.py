@@ -12,9 +12,9 @@ import numpy as np
 
 from dinov2_jax.augment import augment
 from dinov2_jax.data.batch import AUGMENT_COLUMNS
-from dinov2_jax.data.image_ops import BadImage, decode, resize_center_crop
+from dinov2_jax.data.image_ops import decode, resize_center_crop
 from dinov2_jax.data.multicrop import random_resized_crop
-from dinov2_jax.data.sources import Source
+from dinov2_jax.data.records import BadImage, Source
 
 _DECODED_AT_ONCE = 128  # images that threads may decode ahead
 
@@ -75,11 +75,11 @@ class LabelledImages:
         Raises:
           ValueError: the source has no labels, or classes that `label_names` lacks.
         """
-        names = tuple(source.label_names or ())
+        names = tuple(source.label_names)
         if len(names) < 2:
             raise ValueError(
-                f"{source.describe()} must have at least two labelled classes for kNN, but has "
-                f"{len(names)}; arrange the images in one folder per class, or set "
+                f"kNN needs at least two labelled classes, found {len(names)} in "
+                f"{source.describe()}; arrange the images in one folder per class, or set "
                 "eval.kind to crop_identity or none"
             )
         unknown = [name for name in names if name not in label_names]
@@ -89,7 +89,7 @@ class LabelledImages:
                 f"{len(label_names)}; take bank and queries from one data set"
             )
         chosen = np.random.default_rng(0).permutation(len(source))[:max_images]
-        self._chosen = [int(i) for i in np.sort(chosen)]
+        self._chosen = np.sort(chosen).tolist()
         self._source = source
         self._labels = [label_names.index(name) for name in names]
         self._sizes = {"resize": resize_size_px, "crop": crop_size_px}
@@ -122,11 +122,11 @@ class LabelledImages:
             return None
         if index in self._cache:
             return self._cache[index]
-        record = self._source[index]
         try:
+            record = self._source[index]
             image = decode(record.image, **self._reading)
         except BadImage as error:
-            self._bad[index] = (record.name, str(error))
+            self._bad[index] = (self._source.name(index), str(error))
             return None
         item = (resize_center_crop(image, **self._sizes), self._labels[record.label])
         if self._is_cached:
@@ -165,7 +165,7 @@ def identity_crops(
       ValueError: the sources do not hold the same photos, or fewer than two.
     """
     reading = {"num_channels": num_channels, "max_pixels": max_image_pixels}
-    rows = [{source[i].name: i for i in range(len(source))} for source in (bank, queries)]
+    rows = [{source.name(i): i for i in range(len(source))} for source in (bank, queries)]
     if rows[0].keys() != rows[1].keys():
         unpaired = sorted(rows[0].keys() ^ rows[1].keys())
         raise ValueError(

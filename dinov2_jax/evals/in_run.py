@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dinov2_jax.data.sources import Source
+from dinov2_jax.data.records import Source
 from dinov2_jax.evals.baselines import BASELINES, baseline_features
 from dinov2_jax.evals.features import FeatureExtractor, Features
 from dinov2_jax.evals.image_sets import ImageSet, LabelledImages, identity_crops
@@ -189,7 +189,7 @@ def labelled_knn(
         num_threads=num_threads,
         max_cached_mb=max_cached_mb,
     )
-    label_names = tuple(bank.label_names or ())
+    label_names = tuple(bank.label_names)
     return InRunEvaluation(
         name=name,
         bank=LabelledImages(bank, label_names=label_names, **reading),
