@@ -73,8 +73,13 @@ class LabelledImages:
           max_cached_mb: decoded images are kept if all of them fit.
 
         Raises:
-          ValueError: the source has no labels, or classes that `label_names` lacks.
+          ValueError: the source has fewer than two classes, or some that `label_names` lacks; or
+            the crop is larger than the resized image.
         """
+        if crop_size_px > resize_size_px:
+            raise ValueError(
+                f"{crop_size_px=} must not exceed {resize_size_px=}; set eval.resize_size_px"
+            )
         names = tuple(source.label_names)
         if len(names) < 2:
             raise ValueError(
@@ -193,7 +198,7 @@ def identity_crops(
             ]
             flips = rng.random(crops_per_image) < 0.5
             raw = [crop[:, ::-1] if flip else crop for crop, flip in zip(raw, flips, strict=True)]
-            jitter = _draw_jitter(rng, crops_per_image, (brightness, contrast, saturation), hue)
+            jitter = draw_jitter(rng, crops_per_image, (brightness, contrast, saturation), hue)
             crops[side].append(_jittered(np.stack(raw), jitter))
         labels.append(np.full(crops_per_image, len(labels)))
     if len(labels) < 2:
@@ -209,7 +214,7 @@ def identity_crops(
     )
 
 
-def _draw_jitter(
+def draw_jitter(
     rng: np.random.Generator, num_crops: int, strengths: tuple[float, float, float], hue: float
 ) -> np.ndarray:
     """Parameters `[crops, len(AUGMENT_COLUMNS)]`: every crop is jittered, nothing else."""

@@ -1,0 +1,318 @@
+"""Evaluation during training, on small sources whose answers are known."""
+
+import io
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov2_jax.data.records import BadImage, Record, Source
+from dinov2_jax.evals import image_sets
+from dinov2_jax.evals.in_run import crop_identity, labelled_knn
+from dinov2_jax.models.vit import BackboneOutput, VisionTransformer
+from dinov2_jax.sharding import make_mesh, tree_sharding
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+NORMAL = dict(mean=MEAN, std=STD)
+
+
+class ListSource(Source):
+    """Records in memory. An image that is an exception is raised on reading."""
+
+    def __init__(self, images, names, labels=None, label_names=()):
+        self.path, self.kind, self.rejected = "list", "memory", []
+        self.label_names = tuple(label_names)
+        labels = [None] * len(images) if labels is None else labels
+        self.records = [Record(*record) for record in zip(images, names, labels, strict=True)]
+        self.num_reads = 0
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        self.num_reads += 1
+        if isinstance(self.records[index].image, Exception):
+            raise self.records[index].image
+        return self.records[index]
+
+    def name(self, index):
+        return self.records[index].name
+
+
+def color_apply(params, images):
+    """Features that are right by construction: CLS the mean colour, patches its opposite."""
+    color = params * images.mean(axis=(1, 2))
+    return BackboneOutput(cls=color, registers=color[:, None][:, :0], patches=-color[:, None])
+
+
+def noise_apply(params, images):
+    """Features that say nothing: CLS depends on one hashed pixel."""
+    value = np.float32(1e4) * (images[:, 0, 0, :1] + 3 * images[:, -1, -1, :1]) + params
+    noise = jax.numpy.sin(value * jax.numpy.arange(1, 5, dtype=np.float32))
+    return BackboneOutput(cls=noise, registers=noise[:, None][:, :0], patches=noise[:, None])
+
+
+COLORS = {"red": (200, 60, 60), "green": (60, 200, 60), "blue": (60, 60, 200)}
+
+
+def colored_source(num: int, *, classes=("red", "green", "blue"), seed: int = 0) -> ListSource:
+    """Noisy images of three colours, arrays and PNG files of several sizes."""
+    rng = np.random.default_rng(seed)
+    images, names, labels = [], [], []
+    for i in range(num):
+        label = i % len(classes)
+        size = rng.integers(20, 40, 2)
+        image = rng.normal(COLORS[classes[label]], 30, (*size, 3)).clip(0, 255).astype(np.uint8)
+        if i % 2:
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "PNG")
+            image = file.getvalue()
+        images.append(image)
+        names.append(f"{classes[label]}/{seed}_{i}.png")
+        labels.append(label)
+    return ListSource(images, names, labels, classes)
+
+
+def labelled(bank, queries, *, apply=color_apply, **settings):
+    settings = dict(num_neighbors=3, resize_size_px=18, crop_size_px=14, batch_size=4) | settings
+    return labelled_knn(
+        name="colors", bank=bank, queries=queries, apply=apply, **NORMAL, **settings
+    )
+
+
+def test_labelled_knn_and_its_baselines():
+    evaluation = labelled(colored_source(15), colored_source(9, seed=1))
+    params = np.float32(1)
+    assert evaluation(params) == {"knn/colors/cls": 1.0, "knn/colors/mean_patch": 1.0}
+    baselines = evaluation.baselines(params)
+    assert {key.removeprefix("knn/colors/") for key in baselines} == {
+        "chance",
+        "raw_pixels",
+        "color_stats",
+        "random_init_cls",
+        "random_init_mean_patch",
+        "num_bank",
+        "num_queries",
+        "bad_images",
+    }
+    assert baselines["knn/colors/chance"] == pytest.approx(1 / 3)
+    assert baselines["knn/colors/color_stats"] == 1.0
+    assert baselines["knn/colors/raw_pixels"] == 1.0
+    assert baselines["knn/colors/num_bank"] == 15
+    assert baselines["knn/colors/num_queries"] == 9
+    assert all(type(value) is float for value in baselines.values())
+
+
+def test_features_that_say_nothing_score_like_chance():
+    evaluation = labelled(colored_source(60), colored_source(90, seed=1), apply=noise_apply)
+    assert evaluation(np.float32(0))["knn/colors/cls"] < 0.55
+    baselines = evaluation.baselines(np.float32(0))
+    assert baselines["knn/colors/random_init_cls"] < 0.55
+    assert baselines["knn/colors/color_stats"] > 0.95
+
+
+def test_classes_are_matched_by_name_not_by_number():
+    queries = colored_source(8, classes=("green", "blue"), seed=1)  # green is 0 here, 1 in the bank
+    assert labelled(colored_source(15), queries)(np.float32(1))["knn/colors/cls"] == 1.0
+
+
+def test_unreadable_images_are_left_out_and_counted():
+    bank, queries = colored_source(15), colored_source(9, seed=1)
+    bank.records[2] = bank.records[2]._replace(image=b"not an image")
+    queries.records[0] = queries.records[0]._replace(image=BadImage("gone"))
+    queries.records[4] = queries.records[4]._replace(image=b"")
+    evaluation = labelled(bank, queries)
+    assert evaluation(np.float32(1))["knn/colors/cls"] == 1.0
+    assert evaluation.num_bad == 3
+    assert evaluation.queries.bad["red/1_0.png"] == "gone"
+    baselines = evaluation.baselines(np.float32(1))
+    assert baselines["knn/colors/bad_images"] == 3
+    assert baselines["knn/colors/num_queries"] == 7
+
+
+@pytest.mark.parametrize(("max_cached_mb", "reads"), [(100, 9), (0, 27)])
+def test_images_are_decoded_once_if_they_fit(max_cached_mb, reads):
+    queries = colored_source(9, seed=1)
+    evaluation = labelled(colored_source(15), queries, max_cached_mb=max_cached_mb, num_threads=2)
+    results = [evaluation(np.float32(1)) for _ in range(3)]
+    assert results[0] == results[1] == results[2]
+    assert queries.num_reads == reads
+
+
+def test_max_images_takes_the_same_ones_every_time():
+    evaluations = [
+        labelled(colored_source(30), colored_source(20, seed=1), max_images=12) for _ in range(2)
+    ]
+    chosen = [[image.tobytes() for image, _ in evaluation.queries] for evaluation in evaluations]
+    assert chosen[0] == chosen[1]
+    assert len(chosen[0]) == 12
+    everything = [
+        x.tobytes() for x, _ in labelled(colored_source(30), colored_source(20, seed=1)).queries
+    ]
+    assert [x for x in everything if x in chosen[0]] == chosen[0]
+    assert chosen[0] != everything[:12]  # sorted sources would lose classes
+
+
+def test_images_are_prepared_as_the_protocol_says():
+    gradient = np.tile(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], (40, 1, 3))
+    source = ListSource([gradient, gradient], ["a", "b"], [0, 1], ["x", "y"])
+    evaluation = labelled(source, source, num_neighbors=1, resize_size_px=20, crop_size_px=16)
+    (image, _), _ = evaluation.queries
+    # 40 x 60 becomes 20 x 30, of which columns 7 to 23 remain: levels 4 * (2 * 7 + 0.5) and so on.
+    assert image.shape == (16, 16, 3)
+    np.testing.assert_allclose(image[8, :, 0], 4 * (2 * np.arange(7, 23) + 0.5), atol=1)
+
+
+def test_labelled_errors():
+    source = colored_source(15)
+    with pytest.raises(ValueError, match="needs at least two labelled classes, found 0"):
+        labelled(ListSource([np.zeros((9, 9, 3), np.uint8)], ["a"]), source)
+    with pytest.raises(ValueError, match="needs at least two labelled classes, found 1"):
+        labelled(source, colored_source(4, classes=("red",)))
+    with pytest.raises(ValueError, match=r"classes \['blue'\] .* not among the bank's 2"):
+        labelled(colored_source(8, classes=("red", "green")), source)
+    with pytest.raises(ValueError, match="num_neighbors=16 must be between 1 and the bank's 15"):
+        labelled(source, source, num_neighbors=16)
+    with pytest.raises(ValueError, match="crop_size_px=20 must not exceed resize_size_px=18"):
+        labelled(source, source, crop_size_px=20)
+
+
+def photos(side: int, num: int = 6, **replaced) -> ListSource:
+    """`num` photos, of which each side shows other pixels: one texture's frequency a photo."""
+    images, names = [], []
+    for i in range(num):
+        rng = np.random.default_rng([i, side])
+        rows, columns = np.mgrid[:60, :60] + 60 * side
+        wave = 127 + 100 * np.sin((rows * (i % 3) + columns * (i // 3 + 1)) / 2)
+        tint = np.random.default_rng(i).uniform(0.6, 1.2, 3)
+        image = (wave[..., None] * tint + rng.normal(0, 5, (60, 60, 3))).clip(0, 255)
+        images.append(image.astype(np.uint8))
+        names.append(f"photo_{i}")
+    for name, image in replaced.items():
+        images[names.index(name)] = image
+    return ListSource(images, names)
+
+
+def identity(bank, queries, *, apply=color_apply, **settings):
+    settings = dict(num_neighbors=3, crop_size_px=14, crops_per_image=5, batch_size=8) | settings
+    return crop_identity(
+        name="photos", bank=bank, queries=queries, apply=apply, **NORMAL, **settings
+    )
+
+
+def test_crop_identity_counts_and_baselines():
+    evaluation = identity(photos(0), photos(1))
+    assert len(evaluation.bank) == len(evaluation.queries) == 30
+    found, baselines = evaluation(np.float32(1)), evaluation.baselines(np.float32(1))
+    assert found["knn/photos/cls"] > 1.5 / 6  # mean colour, jittered, still says something
+    assert found["knn/photos/cls"] == baselines["knn/photos/random_init_cls"]
+    assert baselines["knn/photos/chance"] == pytest.approx(1 / 6)
+    blind = identity(photos(0), photos(1), apply=noise_apply)
+    assert blind(np.float32(0))["knn/photos/cls"] < 0.45
+    assert "30 queries (crops of 6 photos) against 30" in evaluation.describe()
+    assert "standard error at most 9.1 points" in evaluation.describe()
+
+
+def test_crops_are_the_same_at_every_build_and_in_any_order_of_records():
+    first = identity(photos(0), photos(1))
+    shuffled = photos(1)
+    shuffled.records.reverse()
+    second = identity(photos(0), shuffled)
+    for name in ("bank", "queries"):
+        ours, theirs = list(getattr(first, name)), list(getattr(second, name))
+        assert [label for _, label in ours] == [label for _, label in theirs]
+        for (a, _), (b, _) in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert first(np.float32(1)) == second(np.float32(1))
+
+
+def test_crops_differ_and_bank_and_queries_see_their_own_side():
+    dark = {f"photo_{i}": np.zeros((60, 60, 3), np.uint8) for i in range(6)}
+    evaluation = identity(photos(0), photos(1, **dark))
+    assert all((image == 0).all() for image, _ in evaluation.queries)
+    crops = {image.tobytes() for image, _ in evaluation.bank}
+    assert len(crops) == 30
+
+
+def test_crops_have_the_local_scale_flips_and_jitter():
+    ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (200, 1, 3))
+    replaced = {f"photo_{i}": ramp for i in range(6)}
+    still = dict(brightness=0, contrast=0, saturation=0, hue=0)
+    plain = identity(photos(0, **replaced), photos(1), crops_per_image=20, **still)
+    spans = np.array(
+        [int(image[..., 0].max()) - int(image[..., 0].min()) for image, _ in plain.bank]
+    )
+    # A side of a crop is sqrt(area * ratio): 200 px times 0.19 to 0.65, seen at 14 px.
+    assert 25 < spans.min() < 60 and 85 < spans.max() < 132
+    falling = np.mean([image[0, 0, 0] > image[0, -1, 0] for image, _ in plain.bank])
+    assert 0.3 < falling < 0.7
+    greys = [np.ptp(image.astype(int), axis=-1).max() for image, _ in plain.bank]
+    assert max(greys) <= 1
+    jittered = identity(photos(0, **replaced), photos(1), crops_per_image=20)
+    changed = [
+        np.abs(a.astype(int) - b).max() > 3
+        for (a, _), (b, _) in zip(plain.bank, jittered.bank, strict=True)
+    ]
+    assert np.mean(changed) > 0.9
+
+
+def test_unreadable_photos_leave_both_sides():
+    evaluation = identity(photos(0, photo_1=b"broken"), photos(1, photo_4=BadImage("gone")))
+    assert len(evaluation.bank) == len(evaluation.queries) == 20
+    assert evaluation.num_bad == 2
+    assert evaluation.baselines(np.float32(1))["knn/photos/chance"] == pytest.approx(1 / 4)
+
+
+def test_crop_identity_errors():
+    with pytest.raises(ValueError, match=r"must hold the same photos.*the first is photo_5"):
+        identity(photos(0), photos(1, num=5))
+    with pytest.raises(ValueError, match="at least two readable photos"):
+        identity(photos(0, num=1), photos(1, num=1))
+    with pytest.raises(ValueError, match="num_neighbors=31 must be between 1 and the bank's 30"):
+        identity(photos(0), photos(1), num_neighbors=31)
+
+
+def test_eight_devices_agree_with_one():
+    network = VisionTransformer(
+        patch_size=7,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        pos_embed_grid=(2, 2),
+        layer_scale_init=1.0,
+    )
+    dummy = np.zeros((1, 14, 14, 3), np.float32)
+    params = jax.jit(network.init)(jax.random.key(0), dummy)["params"]
+
+    def apply(params, images):
+        return network.apply({"params": params}, images)
+
+    one = identity(photos(0), photos(1), apply=apply)
+    mesh = make_mesh(data=2, fsdp=4)
+    eight = identity(photos(0), photos(1), apply=apply, mesh=mesh)
+    sharded = jax.device_put(params, tree_sharding(params, mesh, min_size_to_shard_mb=0))
+    with jax.set_mesh(mesh):
+        assert eight(sharded) == one(params)
+        assert eight.baselines(sharded) == one.baselines(params)
+
+
+def test_broken_parameters_are_named():
+    with pytest.raises(ValueError, match="rows are not finite"):
+        identity(photos(0), photos(1))(np.float32(np.nan))
+
+
+def test_jitter_is_drawn_within_its_strength():
+    params = image_sets.draw_jitter(np.random.default_rng(0), 500, (0.4, 1.5, 0.2), 0.1)
+    columns = dict(zip(image_sets.AUGMENT_COLUMNS, params.T, strict=True))
+    for name, low, high in (
+        ("brightness", 0.6, 1.4),
+        ("contrast", 0, 2.5),
+        ("saturation", 0.8, 1.2),
+        ("hue", -0.1, 0.1),
+        ("jitter_order", 0, 23),
+    ):
+        assert low - 1e-6 <= columns[name].min() < low + 0.1 * (high - low)
+        assert high - 0.1 * (high - low) < columns[name].max() <= high + 1e-6
+    assert (columns["jitter"] == 1).all()
+    assert not any(columns[name].any() for name in ("grayscale", "blur_sigma", "solarize"))
