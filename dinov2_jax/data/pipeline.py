@@ -1,0 +1,303 @@
+"""Batches from a source: decode, crop, flip, masks; threads and worker processes by Grain.
+
+Everything in a batch is a function of (seed, global index) alone, where image i of step t has index
+t * global_batch_size + i. Hosts, workers and threads only divide the work, and any step can be
+the first. A whole batch is one element of the Grain data set, so workers cannot regroup it.
+"""
+
+import concurrent.futures
+import gc
+import os
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+from dinov2_jax.data.batch import AUGMENT_COLUMNS, Batch
+from dinov2_jax.data.image_ops import decode
+from dinov2_jax.data.masking import BlockMasks
+from dinov2_jax.data.multicrop import NUM_GLOBAL_CROPS, MultiCrop
+from dinov2_jax.data.order import ELEMENT, MASKS, Order, stream_rng
+from dinov2_jax.data.records import BadImage, DataError, Source
+
+_MAX_REPLACEMENTS = 100  # of one image, one after the other
+
+
+class BatchBuilder:
+    """Builds this host's part of the batch of any step. Pickled into the workers.
+
+    Args:
+      source, seed, multicrop, masks, num_channels, max_image_pixels: see `make_batches`.
+      global_batch_size: over all hosts.
+      group_size: images in a group.
+      first_row, num_rows: this host's images within the global batch, whole groups.
+      num_threads: that decode and crop; 1: the caller's.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Source,
+        seed: int,
+        global_batch_size: int,
+        group_size: int,
+        first_row: int,
+        num_rows: int,
+        multicrop: MultiCrop,
+        masks: BlockMasks,
+        num_channels: int,
+        max_image_pixels: int,
+        num_threads: int,
+    ):
+        self._source, self._seed = source, seed
+        parts = getattr(source, "sources", [source])
+        self._order = Order(
+            tuple(len(part) for part in parts), seed=seed, weights=getattr(source, "weights", ())
+        )
+        self._global_batch_size, self._group_size = global_batch_size, group_size
+        self._first_row, self._num_rows = first_row, num_rows
+        self._multicrop, self._masks = multicrop, masks
+        self._reading = {"num_channels": num_channels, "max_pixels": max_image_pixels}
+        self.num_threads = num_threads
+        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+
+    def __call__(self, step: int) -> Batch:
+        """Builds the batch of a step (steps count from 0)."""
+        first = int(step) * self._global_batch_size + self._first_row
+        batch = self._allocate(np.arange(first, first + self._num_rows, dtype=np.int64))
+        if self.num_threads == 1:
+            for row in range(self._num_rows):
+                self._fill_row(batch, row)
+        else:
+            list(self._threads().map(lambda row: self._fill_row(batch, row), range(self._num_rows)))
+        first_group = first // self._group_size
+        for group in range(self._num_rows // self._group_size):
+            masks, indices, weights = self._masks(
+                stream_rng(self._seed, MASKS, first_group + group)
+            )
+            batch.masks[group] = masks
+            batch.mask_indices[group] = indices
+            batch.mask_weights[group] = weights
+        return batch
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _fill_row(self, batch: Batch, row: int) -> None:
+        index = int(batch.index[row])
+        image, batch.bad_record[row] = self._read(index)
+        rng = stream_rng(self._seed, ELEMENT, index)
+        augmentation = self._multicrop.draw_augmentation(rng)
+        batch.global_augment[row] = augmentation[:NUM_GLOBAL_CROPS]
+        batch.local_augment[row] = augmentation[NUM_GLOBAL_CROPS:]
+        self._multicrop(
+            image, rng, global_crops=batch.global_crops[row], local_crops=batch.local_crops[row]
+        )
+
+    def _read(self, index: int) -> tuple[np.ndarray, int]:
+        """The image at a position, or its replacement, and the record that was bad (-1: none)."""
+        record = first_record = self._order.record(index)
+        for attempt in range(_MAX_REPLACEMENTS):
+            try:
+                image = decode(self._source[record].image, **self._reading)
+                return image, -1 if attempt == 0 else first_record
+            except BadImage as error:
+                reason = str(error)
+            record = self._order.replacement(index, attempt)
+        raise DataError(
+            f"{_MAX_REPLACEMENTS} records in a row could not be read (the last: {reason}); "
+            f"check {self._source.path}, beginning with {self._source.name(first_record)}"
+        )
+
+    def _allocate(self, index: np.ndarray) -> Batch:
+        rows, groups = self._num_rows, self._num_rows // self._group_size
+        crops, masks = self._multicrop, self._masks
+        large, small = crops.global_crop_size_px, crops.local_crop_size_px
+        channels = self._reading["num_channels"]
+        num_local, columns = crops.num_local_crops, len(AUGMENT_COLUMNS)
+        return Batch(
+            global_crops=np.empty((rows, NUM_GLOBAL_CROPS, large, large, channels), np.uint8),
+            local_crops=np.empty((rows, num_local, small, small, channels), np.uint8),
+            global_augment=np.empty((rows, NUM_GLOBAL_CROPS, columns), np.float32),
+            local_augment=np.empty((rows, num_local, columns), np.float32),
+            masks=np.empty((groups, masks.num_crops, masks.rows * masks.cols), bool),
+            mask_indices=np.empty((groups, masks.max_masked_patches), np.int32),
+            mask_weights=np.empty((groups, masks.max_masked_patches), np.float32),
+            index=index,
+            bad_record=np.empty(rows, np.int64),
+        )
+
+    def _threads(self) -> concurrent.futures.ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = concurrent.futures.ThreadPoolExecutor(
+                self.num_threads, thread_name_prefix="dinov2-data"
+            )
+        return self._pool
+
+    def __getstate__(self):
+        return self.__dict__ | {"_pool": None}
+
+
+class Batches(Iterator[Batch]):
+    """Iterator of batches, prefetched; also a context manager.
+
+    Attributes:
+      step: of the next batch.
+    """
+
+    def __init__(
+        self,
+        builder: BatchBuilder,
+        *,
+        start_step: int,
+        total_steps: int,
+        num_workers: int,
+        prefetch_batches: int,
+    ):
+        # Not at the top of the file: importing grain imports jax where that is installed.
+        import absl.flags
+        import grain
+
+        self.step = start_step
+        self._builder, self._has_workers = builder, num_workers > 0
+        # Two batches are under way at a time, so that the pool of threads is busy at the seams.
+        under_way = min(2, builder.num_threads)
+        per_process = max(under_way, 1 if num_workers else prefetch_batches)
+        batches = (
+            grain.MapDataset.range(start_step, total_steps)
+            .map(builder)
+            .to_iter_dataset(grain.ReadOptions(under_way, per_process))
+        )
+        if num_workers:
+            if not absl.flags.FLAGS.is_parsed():  # Grain reads flags of its own
+                absl.flags.FLAGS.mark_as_parsed()
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=num_workers,
+                    per_worker_buffer_size=max(1, prefetch_batches // num_workers),
+                ),
+                worker_init_fn=_keep_off_accelerators,
+            )
+            # Shared memory is scarce and its arrays outlive the interpreter badly: copy them out,
+            # in a thread of their own.
+            batches = grain.experimental.ThreadPrefetchIterDataset(
+                batches.map(_copy_batch), prefetch_buffer_size=1
+            )
+        self._iterator = iter(batches)
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            raise ValueError("these batches are closed; call make_batches again")
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise RuntimeError(
+                f"a data worker died, at step {self.step} or later ({error}); if it ran out of "
+                "memory, lower loader.num_workers or loader.prefetch_batches"
+            ) from error
+        self.step += 1
+        return batch
+
+    def close(self) -> None:
+        """Stops threads and workers, drops what they prefetched; safe to call twice."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+            self._builder.close()
+            if self._has_workers:
+                gc.collect()  # Grain's cycles would hold shared memory until the interpreter ends
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def make_batches(
+    source: Source,
+    *,
+    seed: int,
+    global_batch_size: int,
+    group_size: int,
+    multicrop: MultiCrop,
+    masks: BlockMasks,
+    total_steps: int,
+    start_step: int = 0,
+    num_channels: int = 3,
+    max_image_pixels: int = 200_000_000,
+    num_workers: int = 0,
+    num_threads: int = 4,
+    prefetch_batches: int = 4,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Iterates over the batches of the steps `start_step` to `total_steps - 1`.
+
+    An image that cannot be read is replaced by another record of the same source, chosen by (seed,
+    index); `Batch.bad_record` names it.
+
+    Args:
+      source: of `open_source` or `open_mixture`.
+      seed: at least 0; of order, crops, augmentation and masks.
+      global_batch_size: images a step, over all hosts.
+      group_size: images a group; divides each host's share of the batch.
+      multicrop: what is cut from each image.
+      masks: of one group; its `num_crops` must be 2 * group_size.
+      num_channels: 1, 3 or 4 (any for sources of arrays).
+      max_image_pixels: a larger image counts as unreadable.
+      num_workers: processes, each of which builds whole batches; 0: threads of this process.
+      num_threads: in each process.
+      prefetch_batches: built ahead of use, about.
+      process_index, process_count: this host among all; it gets the images
+        `[process_index, process_index + 1) * global_batch_size / process_count` of each batch.
+
+    Raises:
+      ValueError: sizes that do not divide each other.
+    """
+    if global_batch_size % (group_size * process_count):
+        raise ValueError(
+            f"{global_batch_size=} must be a multiple of {group_size=} times {process_count=}: "
+            "every host builds whole groups"
+        )
+    if masks.num_crops != NUM_GLOBAL_CROPS * group_size:
+        raise ValueError(
+            f"{masks.num_crops=} must be 2 * {group_size=}: masks are drawn over a group's crops"
+        )
+    if not 0 <= start_step <= total_steps:
+        raise ValueError(f"{start_step=} must lie between 0 and {total_steps=}")
+    num_rows = global_batch_size // process_count
+    builder = BatchBuilder(
+        source=source,
+        seed=seed,
+        global_batch_size=global_batch_size,
+        group_size=group_size,
+        first_row=process_index * num_rows,
+        num_rows=num_rows,
+        multicrop=multicrop,
+        masks=masks,
+        num_channels=num_channels,
+        max_image_pixels=max_image_pixels,
+        num_threads=num_threads,
+    )
+    return Batches(
+        builder,
+        start_step=start_step,
+        total_steps=total_steps,
+        num_workers=num_workers,
+        prefetch_batches=prefetch_batches,
+    )
+
+
+def _copy_batch(batch: Batch) -> Batch:
+    return Batch(*(np.array(array) for array in batch))
+
+
+def _keep_off_accelerators(worker_index: int, num_workers: int) -> None:
+    """Confines jax, which Grain and the main module may have imported in a worker, to the CPU."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
