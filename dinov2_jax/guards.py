@@ -1,0 +1,154 @@
+"""Guards on the host: has the run collapsed, which steps were not finite, and on what batch.
+
+Pure functions of a JSON state and of the numbers that were logged. The state lies in the
+checkpoint, so that a resumed run warns where the uninterrupted one does.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+# Cross-entropy within this share of ln K counts as "at ln K". Collapsed runs in public reports
+# agree with ln K to four digits (8.3178 = ln 4096, 11.0903 = ln 65536).
+AT_LOG_K = 0.005
+# Log lines that must agree before anything is said, and whose median is a start.
+WINDOW = 5
+# A signal has fallen when it is below this share of its start.
+FALLEN = {"feature_std": 0.25, "feature_rank": 0.25, "knn": 0.8}
+SIGNALS = ("feature_std", "feature_rank")
+LOSS_TERMS = ("dino_global_loss", "dino_local_loss", "ibot_loss", "koleo_loss")
+
+LIKELY_CAUSES = (
+    "learning rate too high or warm-up too short; teacher temperature too high; too few images a "
+    "step for Sinkhorn-Knopp and this many prototypes; prototypes frozen for too long"
+)
+
+
+class StopRun(RuntimeError):
+    """A run that must not go on; its text is one line for the user."""
+
+
+def new_collapse_state() -> dict[str, Any]:
+    """The state before the first line."""
+    return {
+        "window": [],
+        "lines_after_warmup": 0,
+        "start": {},
+        "knn_start": None,
+        "knn_last": None,
+        "warned": False,
+    }
+
+
+def watch_collapse(
+    state: Mapping[str, Any], *, step: int, metrics: Mapping[str, float], warmup_steps: int
+) -> tuple[dict[str, Any], str | None]:
+    """Takes in one line and says whether the run has collapsed.
+
+    A run has collapsed when, in each of the last `WINDOW` log lines after the warm-up,
+
+        the mean cross-entropy of every loss in use sits at ln K, and
+        feature_std, feature_rank or the kNN has fallen far below its start,
+
+    where the start is the median of the first `WINDOW` lines of the run or after the warm-up,
+    whichever is larger, and for the kNN its first value after the warm-up. Sitting at ln K means
+    nothing by itself: small runs do so for hundreds of steps while their kNN rises. So features
+    that have fallen are forgiven as long as the last two evaluations show a kNN that holds.
+
+    Args:
+      state: of `new_collapse_state`, or returned for the line before.
+      step: updates done.
+      metrics: a log line (feature_std, feature_rank, dino_ce_over_log_k or ibot_ce_over_log_k),
+        or {"knn": value} for an evaluation of the teacher.
+      warmup_steps: of the learning rate.
+
+    Returns:
+      The new state, JSON, and a one-line warning or None. It warns once per collapse.
+    """
+    state = json.loads(json.dumps(state))
+    if "knn" in metrics:
+        if step >= warmup_steps and state["knn_start"] is None:
+            state["knn_start"] = metrics["knn"]
+        state["knn_last"] = metrics["knn"]
+        return state, None
+    names = [name for name in ("dino_ce_over_log_k", "ibot_ce_over_log_k") if name in metrics]
+    if not names or not all(math.isfinite(metrics[name]) for name in (*names, *SIGNALS)):
+        return state, None
+    line = {name: metrics[name] for name in SIGNALS}
+    line["is_at_log_k"] = all(abs(metrics[name] - 1) < AT_LOG_K for name in names)
+    state["window"] = [*state["window"], line][-WINDOW:]
+    state["lines_after_warmup"] += step > warmup_steps
+    now = {name: median(line[name] for line in state["window"]) for name in SIGNALS}
+    if len(state["window"]) < WINDOW:
+        return state, None
+    is_start = state["lines_after_warmup"] == WINDOW
+    if is_start or not state["start"]:
+        state["start"] = {name: max(now[name], state["start"].get(name, 0.0)) for name in SIGNALS}
+    if state["lines_after_warmup"] <= WINDOW:
+        return state, None
+    fallen = _fallen(state, now)
+    has_collapsed = bool(fallen) and all(line["is_at_log_k"] for line in state["window"])
+    is_news = has_collapsed and not state["warned"]
+    state["warned"] = has_collapsed
+    if not is_news:
+        return state, None
+    return state, (
+        f"collapse at step {step}: the cross-entropy sits at ln K and {', '.join(fallen)}; "
+        f"likely causes: {LIKELY_CAUSES}"
+    )
+
+
+def _fallen(state: Mapping[str, Any], now: Mapping[str, float]) -> list[str]:
+    """What has fallen, in words; nothing if the kNN holds."""
+    start, last = state["knn_start"], state["knn_last"]
+    if start is not None and last < FALLEN["knn"] * start:
+        return [f"the kNN has fallen from {start:.1%} to {last:.1%}"]
+    return [
+        f"{name} has fallen from {state['start'][name]:.3g} to {now[name]:.3g}"
+        for name in SIGNALS
+        if now[name] < FALLEN[name] * state["start"][name]
+    ]
+
+
+def nonfinite_terms(metrics: Mapping[str, float]) -> list[str]:
+    """The loss terms of a step that are nan or infinite; else the modules whose gradient is."""
+    terms = [name for name in LOSS_TERMS if not math.isfinite(metrics.get(name, 0.0))]
+    return terms or [
+        f"the gradient of {name.removeprefix('grad_norm/')}"
+        for name, value in metrics.items()
+        if name.startswith("grad_norm/") and not math.isfinite(value)
+    ]
+
+
+def save_nonfinite(
+    workdir: epath.PathLike, *, step: int, terms: Sequence[str], index: np.ndarray
+) -> epath.Path:
+    """Writes nonfinite/step_<step>.json, from which the batch can be made again.
+
+    Args:
+      workdir: of the run.
+      step: updates done, the skipped one included: the batch is that of 0-based step `step - 1`.
+      terms: of `nonfinite_terms`.
+      index: int64 [b], the batch's positions in the global order.
+    """
+    directory = epath.Path(workdir) / "nonfinite"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"step_{step}.json"
+    content = {"step": step, "terms": list(terms), "index": [int(i) for i in index]}
+    path.write_text(json.dumps(content) + "\n")
+    return path
+
+
+def check_nonfinite(count: int, *, limit: int, last: str) -> None:
+    """Raises `StopRun` if more than `limit` steps were not finite; `last` tells of the last."""
+    if count > limit:
+        raise StopRun(
+            f"{count} steps were not finite, more than guards.max_nonfinite_steps={limit}; the "
+            f"last: {last}. Lower optim.base_learning_rate or raise optim.warmup_steps, or look "
+            "at that batch"
+        )

@@ -1,0 +1,226 @@
+"""Builds what reads images: the training source and its batches, the in-run evaluation, pictures.
+
+Part of the door, like `startup.py`: it reads the configuration so that the rooms need not.
+"""
+
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from dinov2_jax import pictures
+from dinov2_jax.config_rules import ConfigError
+from dinov2_jax.data.batch import Batch
+from dinov2_jax.data.image_ops import decode
+from dinov2_jax.data.masking import BlockMasks
+from dinov2_jax.data.multicrop import MultiCrop
+from dinov2_jax.data.pipeline import Batches, make_batches
+from dinov2_jax.data.records import BadImage, Source
+from dinov2_jax.data.sources import open_mixture, open_source
+from dinov2_jax.evals.in_run import InRunEvaluation, crop_identity, labelled_knn
+from dinov2_jax.startup import Trainer, build_augment
+from dinov2_jax.workdir import BadImages
+
+
+def open_data(config) -> Source:
+    """The source of training images.
+
+    Raises:
+      DataError: there is nothing usable at data.path.
+    """
+    data = config.data
+    return open_mixture(tuple(map(tuple, data.mixture))) if data.mixture else open_source(data.path)
+
+
+def build_masks(config) -> BlockMasks:
+    """Masks of one group; none without an iBOT loss."""
+    grid = config.crops.global_crop_size_px // config.model.patch_size
+    masks = config.masks
+    return BlockMasks(
+        rows=grid,
+        cols=grid,
+        num_crops=2 * config.group_size,
+        mask_probability=masks.mask_probability if config.ibot.loss_weight else 0.0,
+        mask_ratio_min=masks.mask_ratio_min,
+        mask_ratio_max=masks.mask_ratio_max,
+    )
+
+
+def open_batches(config, source: Source, *, start_step: int) -> Batches:
+    """The batches from a step on."""
+    crops, augment = config.crops, config.augment
+    multicrop = MultiCrop(
+        global_crop_size_px=crops.global_crop_size_px,
+        global_crop_scale=crops.global_crop_scale,
+        local_crop_size_px=crops.local_crop_size_px,
+        local_crop_scale=crops.local_crop_scale,
+        num_local_crops=crops.num_local_crops,
+        aspect_ratio=crops.aspect_ratio,
+        mode=augment.mode,
+        blur_probability=augment.blur_probability,
+        flip_probability=augment.flip_probability,
+        jitter_probability=augment.jitter_probability,
+        brightness=augment.brightness,
+        contrast=augment.contrast,
+        saturation=augment.saturation,
+        hue=augment.hue,
+        grayscale_probability=augment.grayscale_probability,
+        blur_sigma_px=augment.blur_sigma_px,
+        solarize_probability=augment.solarize_probability,
+    )
+    return make_batches(
+        source,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        group_size=config.group_size,
+        multicrop=multicrop,
+        masks=build_masks(config),
+        start_step=start_step,
+        total_steps=config.total_steps,
+        num_channels=config.data.in_channels,
+        max_image_pixels=config.data.max_image_pixels,
+        num_workers=config.loader.num_workers,
+        num_threads=config.loader.num_threads,
+        prefetch_batches=config.loader.prefetch_batches,
+    )
+
+
+def build_bad_images(config, source: Source, workdir: epath.Path) -> BadImages:
+    """The list of bad images, with those that the scan rejected."""
+
+    def explain(record: int) -> tuple[str, str]:
+        reading = {
+            "num_channels": config.data.in_channels,
+            "max_pixels": config.data.max_image_pixels,
+        }
+        try:
+            decode(source[record].image, **reading)
+        except BadImage as error:
+            return source.name(record), str(error)
+        return source.name(record), "could not be read once, and could later"
+
+    return BadImages(
+        workdir,
+        rejected=source.rejected,
+        num_images=len(source),
+        max_fraction=config.data.max_bad_fraction,
+        explain=explain,
+    )
+
+
+def evaluation_name(config) -> str:
+    """<set> in the names of the metrics."""
+    if config.eval.name:
+        return config.eval.name
+    stem = pathlib.PurePath(config.eval.query_path).name
+    return re.sub(r"\W+", "_", stem).strip("_") or "eval"
+
+
+def build_evaluation(config, trainer: Trainer) -> InRunEvaluation | None:
+    """The in-run kNN, or None.
+
+    Raises:
+      ConfigError: its sources do not allow what is asked.
+    """
+    settings = config.eval
+    if settings.kind == "none":
+        return None
+    common = {
+        "name": evaluation_name(config),
+        "bank": open_source(settings.bank_path),
+        "queries": open_source(settings.query_path),
+        "apply": lambda params, images: trainer.network.backbone.apply({"params": params}, images),
+        "mean": config.augment.mean,
+        "std": config.augment.std,
+        "num_neighbors": settings.num_neighbors,
+        "temperature": settings.temperature,
+        "crop_size_px": settings.crop_size_px,
+        "batch_size": settings.batch_size,
+        "max_images": settings.max_images,
+        "num_channels": config.data.in_channels,
+        "max_image_pixels": config.data.max_image_pixels,
+        "mesh": trainer.mesh,
+    }
+    try:
+        if settings.kind == "knn":
+            return labelled_knn(
+                **common,
+                resize_size_px=settings.resize_size_px,
+                num_threads=config.loader.num_threads,
+            )
+        return crop_identity(
+            **common,
+            crops_per_image=settings.crops_per_image,
+            crop_scale=config.crops.local_crop_scale,
+            aspect_ratio=config.crops.aspect_ratio,
+            brightness=config.augment.brightness,
+            contrast=config.augment.contrast,
+            saturation=config.augment.saturation,
+            hue=config.augment.hue,
+        )
+    except ValueError as error:
+        raise ConfigError(f"eval: {error}") from error
+
+
+def evaluate_with_baselines(
+    evaluation: InRunEvaluation | None,
+) -> Callable[[Any, int], dict[str, float]] | None:
+    """(teacher, step) -> accuracies; at step 0 with the baselines beside them."""
+    if evaluation is None:
+        return None
+
+    def evaluate(teacher: Any, step: int) -> dict[str, float]:
+        if step > 0:
+            return evaluation(teacher["backbone"])
+        values = evaluation.baselines(teacher["backbone"])
+        prefix = f"knn/{evaluation.name}/"
+        trained = {
+            f"{prefix}{kind}": values[f"{prefix}random_init_{kind}"]
+            for kind in ("cls", "mean_patch")
+        }
+        return trained | values
+
+    return evaluate
+
+
+def draw_crops(config, batch: Batch, path: epath.Path) -> None:
+    """Writes crops.png: what the network sees."""
+    sheet = pictures.crops_sheet(
+        batch,
+        augment=build_augment(config),
+        mean=config.augment.mean,
+        std=config.augment.std,
+        patch_size=config.model.patch_size,
+    )
+    sheet.save(str(path))
+
+
+def draw_patches(config, trainer: Trainer, source: Source, teacher: Any, path: epath.Path) -> None:
+    """Writes pca.png: photos beside their patch features, before the training and after it."""
+    # Some 24 patches a side, whatever the training resolution: fewer show little.
+    size = max(config.crops.global_crop_size_px, 24 * config.model.patch_size)
+    photos, names = pictures.sample_photos(
+        source,
+        size_px=size,
+        num_channels=config.data.in_channels,
+        max_image_pixels=config.data.max_image_pixels,
+    )
+    images = (np.stack(photos) / 255.0 - config.augment.mean) / config.augment.std
+
+    @jax.jit
+    def patches(params, image: jax.Array) -> jax.Array:
+        return trainer.network.backbone.apply({"params": params}, image[None]).patches[0]
+
+    features = {}
+    for title, params in (
+        ("before training", trainer.init_backbone()),
+        ("trained", teacher["backbone"]),
+    ):
+        features[title] = np.stack(
+            [np.asarray(patches(params, image), np.float32) for image in images.astype(np.float32)]
+        )
+    pictures.pca_sheet(photos, names, features).save(str(path))

@@ -1,0 +1,278 @@
+"""The loop: steps, and between them logs, evaluations, checkpoints and the teacher's file.
+
+What the host knows beside the train state (its books) is saved in the same checkpoint, and is
+brought up to a step before anything of that step is saved: a resumed run repeats every number.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from dinov2_jax import guards
+from dinov2_jax.checkpoints import Checkpoints
+from dinov2_jax.convert.safetensors_file import write_safetensors
+from dinov2_jax.convert.state_dict import to_reference
+from dinov2_jax.feed import Feed
+from dinov2_jax.metrics import MetricsWriter
+from dinov2_jax.optim.schedules import Hyperparameters, Schedules
+from dinov2_jax.progress import Display
+from dinov2_jax.signals import StopSignals
+from dinov2_jax.train_state import TrainState
+from dinov2_jax.workdir import BadImages
+
+TEACHER_FILE = "teacher.safetensors"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rhythm:
+    """How often things happen, in steps; 0: after the last step only.
+
+    Attributes:
+      total: steps of the run.
+      log, checkpoint, evaluate, teacher: intervals.
+      profile: steps done before the first and after the last traced step, or None.
+    """
+
+    total: int
+    log: int
+    checkpoint: int
+    evaluate: int
+    teacher: int
+    profile: tuple[int, int] | None = None
+
+    def is_due(self, name: str, step: int) -> bool:
+        """Whether something happens after `step` updates; everything does after the last."""
+        interval = getattr(self, name)
+        return step == self.total or bool(interval and step % interval == 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """When the host warns about a run, or stops it.
+
+    Attributes:
+      max_nonfinite_steps: one more stops the run.
+      check_collapse: whether to watch for a collapse.
+      warmup_steps: of the learning rate; a collapse is looked for after it.
+    """
+
+    max_nonfinite_steps: int
+    check_collapse: bool
+    warmup_steps: int
+
+
+def new_books() -> dict[str, Any]:
+    """What the host knows before the first step; JSON can hold it."""
+    return {
+        "bad_records": [],
+        "nonfinite_steps": 0,
+        "collapse": guards.new_collapse_state(),
+        "evaluated_step": -1,
+        "best": None,  # or {"step": ..., "value": ...} of the best in-run kNN
+    }
+
+
+class _Dispatched(NamedTuple):
+    """A step on its way, and what the books need of its batch."""
+
+    step: int  # updates done after it
+    metrics: Mapping[str, jax.Array]
+    hyper: Hyperparameters
+    index: np.ndarray  # int64 [b]
+    bad_record: np.ndarray  # int64 [b]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Loop:
+    """One run, from a step to the last or to a signal.
+
+    Attributes:
+      workdir: where everything lies.
+      state, step, books: what is trained, updates done, and the host's books (`new_books`).
+      train_step: (state, device batch, hyperparameters) -> (state, metrics); donates the state.
+      schedules, feed: of the hyperparameters and of the batches.
+      images_per_step: the global batch size.
+      rhythm, limits: when things happen.
+      checkpoints, writer, display, bad_images: where things go.
+      evaluate: (teacher parameters, step) -> metrics by name; None: no evaluation.
+      best_metric: the evaluation's number that is shown and watched.
+      keep_best: whether the checkpoint with the highest one is kept.
+      last_evaluation: the newest value of every evaluation metric, baselines included.
+      teacher_metadata: goes into the header of teacher.safetensors.
+      stop: whether a signal came.
+    """
+
+    workdir: epath.Path
+    state: TrainState
+    step: int
+    books: dict[str, Any]
+    train_step: Callable
+    schedules: Schedules
+    feed: Feed
+    images_per_step: int
+    rhythm: Rhythm
+    limits: Limits
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    display: Display
+    bad_images: BadImages
+    evaluate: Callable[[Any, int], dict[str, float]] | None
+    best_metric: str
+    keep_best: bool
+    teacher_metadata: Mapping[str, str]
+    stop: StopSignals
+    last_evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        self._pending: collections.deque[_Dispatched] = collections.deque()
+        self.bad_images.records = set(self.books["bad_records"])
+        if self.books["best"]:
+            self.checkpoints.keep.best_step = self.books["best"]["step"]
+        self._restart_clock()
+
+    def run(self) -> bool:
+        """Trains; says whether the end was reached. The last checkpoint is left to `save`.
+
+        The checkpoint of the last step tells that a run is finished, so it must come after
+        everything else that a finished run leaves.
+        """
+        self._restart_clock()
+        while self.stop.received is None:
+            self._between_steps()
+            if self.step == self.rhythm.total:
+                return True
+            if self.stop.received is None:
+                self._one_step()
+        self._settle(0)
+        return False
+
+    def save(self) -> None:
+        """Starts to save a checkpoint of the steps done so far."""
+        self._settle(0)
+        if self.step > 0:
+            self.checkpoints.save(self.step, self.state, self.books)
+
+    def _one_step(self) -> None:
+        """Dispatches a step, sends the next batch after it, then looks at the step before."""
+        profile = self.rhythm.profile
+        if profile and self.step == profile[0]:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        fed = self.feed.take()
+        hyper = self.schedules.at(self.step)
+        with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
+            self.state, metrics = self.train_step(self.state, fed.device, hyper)
+        self.step += 1
+        index, bad_record = fed.host.index, fed.host.bad_record
+        self._pending.append(_Dispatched(self.step, metrics, hyper, index, bad_record))
+        if self.step < self.rhythm.total:
+            self.feed.peek()
+        # One step stays in flight, so that the device never waits for the books.
+        self._settle(1)
+        self.display.advance(self.step)
+        if profile and self.step == profile[1]:
+            self._settle(0)
+            jax.profiler.stop_trace()
+
+    def _settle(self, in_flight: int) -> None:
+        """Enters all but the newest steps into the books, in order."""
+        while len(self._pending) > in_flight:
+            step, metrics, hyper, index, bad_record = self._pending.popleft()
+            self.bad_images.add(bad_record)
+            self.books["bad_records"] = sorted(self.bad_images.records)
+            if int(metrics["nonfinite"]):
+                self._note_nonfinite(step, jax.device_get(metrics), index)
+            self._settled += 1
+            if step == 1 or self.rhythm.is_due("log", step):
+                self._log(step, jax.device_get(metrics), hyper)
+
+    def _log(self, step: int, metrics: Mapping, hyper: Hyperparameters) -> None:
+        """Writes the line of one step."""
+        elapsed = max(time.perf_counter() - self._started, 1e-9)
+        values = {name: float(value) for name, value in metrics.items() if name != "nonfinite"}
+        values |= {name: float(value) for name, value in hyper._asdict().items()}
+        values["bad_images"] = self.bad_images.count
+        values["nonfinite_steps"] = self.books["nonfinite_steps"]
+        values["collapse_warning"] = self._watch_collapse(step, values)
+        values["step_secs"] = elapsed / self._settled
+        values["images_per_sec"] = self.images_per_step * self._settled / elapsed
+        values["data_wait_share"] = min(self.feed.wait_secs / elapsed, 1.0)
+        self.writer.write(step, values)
+        self.display.show(step, values)
+        self._restart_clock()
+
+    def _watch_collapse(self, step: int, values: Mapping[str, float]) -> int:
+        if not self.limits.check_collapse:
+            return 0
+        self.books["collapse"], warning = guards.watch_collapse(
+            self.books["collapse"],
+            step=step,
+            metrics=values,
+            warmup_steps=self.limits.warmup_steps,
+        )
+        if warning:
+            self.display.line(f"warning: {warning}")
+        return int(warning is not None)
+
+    def _note_nonfinite(self, step: int, metrics: Mapping, index: np.ndarray) -> None:
+        """Saves what a skipped step was made of; raises when there were too many."""
+        terms = guards.nonfinite_terms(metrics)
+        path = guards.save_nonfinite(self.workdir, step=step, terms=terms, index=index)
+        self.books["nonfinite_steps"] += 1
+        text = f"step {step} was not finite in {', '.join(terms)} and was skipped; batch in {path}"
+        self.display.line(f"warning: {text}")
+        guards.check_nonfinite(
+            self.books["nonfinite_steps"], limit=self.limits.max_nonfinite_steps, last=text
+        )
+
+    def _between_steps(self) -> None:
+        """What is due after `self.step` updates. Before the first step: an evaluation only."""
+        step, rhythm = self.step, self.rhythm
+        due = [name for name in ("evaluate", "teacher", "checkpoint") if rhythm.is_due(name, step)]
+        # A run that was stopped right after its checkpoint owes the evaluation of that step.
+        if not due or self.books["evaluated_step"] == step:
+            due = [name for name in due if name != "evaluate"]
+        if not due:
+            return
+        self._settle(0)
+        if "evaluate" in due and self.evaluate is not None:
+            self._evaluate()
+        if "teacher" in due and step > 0:
+            self.write_teacher()
+        if "checkpoint" in due and step < rhythm.total:
+            self.save()
+        self._restart_clock()
+
+    def _evaluate(self) -> None:
+        started = time.perf_counter()
+        values = self.evaluate(self.state.teacher, self.step)
+        self.writer.write(self.step, {**values, "eval_secs": time.perf_counter() - started})
+        self.books["evaluated_step"] = self.step
+        self.last_evaluation |= values
+        value = values[self.best_metric]
+        self._watch_collapse(self.step, {"knn": value})
+        self.display.line(f"step {self.step}  {self.best_metric} {value:.1%}")
+        best = self.books["best"]
+        if self.keep_best and self.step > 0 and (best is None or value > best["value"]):
+            self.books["best"] = {"step": self.step, "value": value}
+            self.checkpoints.keep.best_step = self.step
+            if self.step < self.rhythm.total:
+                self.save()
+
+    def write_teacher(self) -> None:
+        """Writes the teacher, backbone and heads, under the reference's names."""
+        write_safetensors(
+            self.workdir / TEACHER_FILE,
+            to_reference(jax.device_get(self.state.teacher)),
+            {**self.teacher_metadata, "step": str(self.step)},
+        )
+
+    def _restart_clock(self) -> None:
+        """Rates are measured from here: evaluations and saves do not count as training."""
+        self._started, self._settled = time.perf_counter(), 0
+        self.feed.wait_secs = 0.0

@@ -1,0 +1,166 @@
+"""What a run says about itself in words: the start-up table, and the last lines."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from dinov2_jax.sharding import batch_shards, bytes_per_device
+from dinov2_jax.train_state import TrainState
+
+
+def start_table(
+    *,
+    config_path: str,
+    workdir: epath.Path,
+    mesh: Mesh,
+    state: TrainState,
+    dtype: str,
+    global_batch_size: int,
+    group_size: int,
+    learning_rate: str,
+    activation_bytes: int,
+    epochs: float,
+    total_steps: int,
+) -> str:
+    """The table that every run begins with.
+
+    Args:
+      config_path, workdir: as given.
+      mesh: of the devices in use.
+      state: abstract, with shardings.
+      dtype: of the computation.
+      global_batch_size, group_size: images.
+      learning_rate: the sentence about it.
+      activation_bytes: estimate for one device.
+      epochs: passes over the data.
+      total_steps: of the run.
+    """
+    devices = mesh.devices.flatten()
+    shards = batch_shards(mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    state_bytes = bytes_per_device(state, shardings)
+    grad_bytes = bytes_per_device(state.student, shardings.student)
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    rows = {
+        "config": config_path,
+        "workdir": str(workdir),
+        "mesh": f"{axes}, of {len(devices)} x {devices[0].device_kind}",
+        "compute type": dtype,
+        "parameters": parameter_line(state.student),
+        "steps": f"{total_steps:,}, {epochs:.4g} passes over the data",
+        "batch": f"{global_batch_size} images in {global_batch_size // group_size} groups of "
+        f"{group_size}; {global_batch_size // shards} images a device",
+        "learning rate": learning_rate,
+        "memory a device": f"state {megabytes(state_bytes)}, gradients {megabytes(grad_bytes)}, "
+        f"activations about {megabytes(activation_bytes)} (estimates)",
+    }
+    width = max(len(name) for name in rows)
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
+
+
+def parameter_line(params: Mapping) -> str:
+    """Parameters of each module, in words."""
+    counts = {
+        name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(module))
+        for name, module in params.items()
+    }
+    return ", ".join(f"{name} {count / 1e6:.4g} M" for name, count in counts.items())
+
+
+def megabytes(num_bytes: float) -> str:
+    """ "12 MB", "3.4 GB"."""
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:.3g} GB"
+    return f"{num_bytes / 1e6:.3g} MB"
+
+
+def estimate_activation_bytes(
+    *,
+    images: int,
+    global_tokens: int,
+    local_tokens: int,
+    num_local_crops: int,
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+    mlp_ratio: float,
+    itemsize: int,
+    kept_share: float,
+    remat: str,
+    num_prototypes: Sequence[int],
+    masked_tokens: int,
+) -> int:
+    """A rough upper figure of what one device keeps for the backward pass, in bytes.
+
+    Per token and block: the normalised inputs, queries, keys, values, the branches' outputs and
+    the hidden layer before and after its nonlinearity, and the attention's probabilities. Then the
+    logits of student and teacher, with their gradients, in f32.
+
+    Args:
+      images: on one device.
+      global_tokens, local_tokens: of one crop.
+      num_local_crops: of one image.
+      embed_dim, depth, num_heads, mlp_ratio: of the backbone.
+      itemsize: bytes of the compute type.
+      kept_share: of the images, by a drop path that leaves images out.
+      remat: as configured.
+      num_prototypes: of the DINO and the iBOT head; 0: no such loss.
+      masked_tokens: of one image's global crops, on average.
+    """
+    per_block = 0.0
+    for crops, tokens in ((2, global_tokens), (num_local_crops, local_tokens)):
+        widths = embed_dim * (8 + 2 * mlp_ratio) + num_heads * tokens
+        if remat == "blocks":
+            widths = embed_dim
+        per_block += images * crops * tokens * widths * (1.0 if remat == "blocks" else kept_share)
+    logit_rows = (images * (4 + num_local_crops), 2 * images * masked_tokens)
+    logits = sum(rows * k for rows, k in zip(logit_rows, num_prototypes, strict=True))
+    return int(per_block * depth * itemsize + 3 * 4 * logits)
+
+
+def last_words(
+    *, workdir: epath.Path, metrics: Mapping[str, float], name: str, is_own_data: bool
+) -> list[str]:
+    """The end of a finished run: how good it is, beside what; what lies where; what to try.
+
+    Args:
+      workdir: of the run.
+      metrics: the last evaluation, and the baselines of step 0; may be empty.
+      name: of the evaluation.
+      is_own_data: whether the user's own images were trained on already.
+    """
+    lines = []
+    prefix = f"knn/{name}/"
+    values = {key.removeprefix(prefix): value for key, value in metrics.items()}
+    if "cls" in values:
+        lines.append(f"kNN {name}: {standing(values)}")
+    hint = (
+        "a larger model (--config=configs/vits14.py), or more steps (--config.total_steps)"
+        if is_own_data
+        else "your own images, --config.data.path=/your/images"
+    )
+    lines.append(
+        f"{workdir} has teacher.safetensors (the network), crops.png and pca.png (look at them), "
+        f"metrics.jsonl, tensorboard/ and checkpoints/. Try next, in another --workdir: {hint}"
+    )
+    return lines
+
+
+def standing(values: Mapping[str, float]) -> str:
+    """Where the trained network stands against each baseline, said as it is."""
+    trained = values["cls"]
+    baselines = {
+        "its random initialisation": "random_init_cls",
+        "raw pixels": "raw_pixels",
+        "six colour statistics": "color_stats",
+        "chance": "chance",
+    }
+    parts = []
+    for words, key in baselines.items():
+        if key in values:
+            relation = "above" if trained > values[key] else "not above"
+            parts.append(f"{relation} {words} ({values[key]:.1%})")
+    return f"{trained:.1%}" + (f", {', '.join(parts)}" if parts else "")

@@ -1,0 +1,43 @@
+"""SIGTERM and SIGINT: the first asks the run to save and stop, the second ends it at once."""
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+
+HANDLED = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignals:
+    """A context manager; `received` is the number of the signal that came, or None.
+
+    The exit code of a run stopped so is 128 + the signal's number, as a shell reports it: 143
+    after SIGTERM, 130 after SIGINT (Ctrl-C).
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._previous = {}
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + (self.received or 0)
+
+    def __enter__(self) -> "StopSignals":
+        # Python lets only the main thread handle signals.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in HANDLED}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+        name = signal.Signals(number).name
+        # Not print: the handler may interrupt one.
+        os.write(sys.__stderr__.fileno(), f"\n{name}: saving; once more to stop at once\n".encode())

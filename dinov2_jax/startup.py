@@ -1,0 +1,279 @@
+"""Builds everything a run needs from its configuration, and says what it built.
+
+Part of the door: beside `config.py`, `train.py` and the commands, the only file that reads a
+configuration; whatever it calls takes plain arguments.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dinov2_jax import report, sharding
+from dinov2_jax.augment import augment
+from dinov2_jax.checkpoints import abstract_like
+from dinov2_jax.config_rules import ConfigError, check_groups
+from dinov2_jax.models.heads import DINOHead
+from dinov2_jax.models.vit import VARIANTS, VisionTransformer
+from dinov2_jax.objective import LossSettings
+from dinov2_jax.optim.optimizer import make_optimizer
+from dinov2_jax.optim.param_groups import parameter_groups
+from dinov2_jax.optim.schedules import (
+    Schedules,
+    describe_learning_rate,
+    scaled_learning_rate,
+)
+from dinov2_jax.train_state import Network, Params, TrainState, init_state
+from dinov2_jax.train_step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """What the loop needs of the device side.
+
+    Attributes:
+      mesh: of the devices in use.
+      network: the modules.
+      schedules: of the five hyperparameters.
+      init: () -> TrainState, on the devices; init_backbone: () -> its teacher's backbone alone.
+      abstract_state: its shapes, types and shardings.
+      train_step: jitted (state, batch, hyperparameters) -> (state, metrics); donates the state.
+    """
+
+    mesh: Mesh
+    network: Network
+    schedules: Schedules
+    init: Callable[[], TrainState]
+    init_backbone: Callable[[], Params]
+    abstract_state: TrainState
+    train_step: Callable
+
+
+def build_mesh(config) -> Mesh:
+    """The mesh of the configuration; axes that are all given may use a part of the devices."""
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.model)
+    devices = jax.devices()
+    if -1 not in sizes:
+        devices = devices[: math.prod(sizes)]
+    try:
+        mesh = sharding.make_mesh(data=sizes[0], fsdp=sizes[1], model=sizes[2], devices=devices)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    check_groups(
+        global_batch_size=config.global_batch_size,
+        group_size=config.group_size,
+        num_batch_shards=sharding.batch_shards(mesh),
+    )
+    return mesh
+
+
+def build_trainer(config, mesh: Mesh) -> Trainer:
+    """Everything on the device side, nothing computed yet but shapes."""
+    network = build_network(config)
+    crop_size = config.crops.global_crop_size_px
+    image_shape = (crop_size, crop_size, config.data.in_channels)
+    params = jax.eval_shape(
+        functools.partial(network.init, image_shape=image_shape), jax.random.key(0)
+    )
+    groups = parameter_groups(
+        params,
+        layerwise_lr_decay=config.optim.layerwise_lr_decay,
+        patch_embed_lr_multiplier=config.optim.patch_embed_lr_multiplier,
+    )
+    optimizer = make_optimizer(
+        b1=config.optim.adam_b1,
+        b2=config.optim.adam_b2,
+        eps=config.optim.adam_eps,
+        clip_norm=config.optim.clip_norm,
+        lr_multipliers=groups.lr_multiplier,
+        wd_multipliers=groups.wd_multiplier,
+        is_last_layer=groups.is_last_layer,
+    )
+    init = functools.partial(
+        init_state, network=network, optimizer=optimizer, image_shape=image_shape
+    )
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings = sharding.tree_sharding(
+        shapes, mesh, min_size_to_shard_mb=config.mesh.min_size_to_shard_mb
+    )
+    train_step = make_train_step(
+        network=network,
+        optimizer=optimizer,
+        losses=build_losses(config),
+        augment=build_augment(config),
+        seed=config.seed,
+        num_micro_batches=config.grad_accumulation_steps,
+    )
+    return Trainer(
+        mesh=mesh,
+        network=network,
+        schedules=build_schedules(config),
+        init=lambda: jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed)),
+        init_backbone=lambda: jax.jit(
+            lambda key: init(key).teacher["backbone"], out_shardings=shardings.teacher["backbone"]
+        )(jax.random.key(config.seed)),
+        abstract_state=abstract_like(shapes, shardings),
+        train_step=jax.jit(
+            train_step,
+            in_shardings=(shardings, sharding.batch_sharding(mesh), None),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+        ),
+    )
+
+
+def compute_dtype(config) -> jnp.dtype:
+    """The type the network computes in."""
+    if config.dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(config.dtype)
+
+
+def build_network(config) -> Network:
+    """Backbone and heads."""
+    model, dtype = config.model, compute_dtype(config)
+    if config.attention == "cudnn" and (jax.default_backend(), dtype) != ("gpu", jnp.bfloat16):
+        raise ConfigError(
+            f"attention='cudnn' needs a GPU and bfloat16, not {jax.default_backend()} and {dtype}; "
+            "use --config.attention=xla"
+        )
+    sizes = dict(VARIANTS.get(model.variant, {}))
+    sizes |= {name: model[name] for name in ("embed_dim", "depth", "num_heads") if model[name]}
+    if sizes["embed_dim"] % sizes["num_heads"]:
+        raise ConfigError(
+            f"model.embed_dim={sizes['embed_dim']} must be a multiple of "
+            f"model.num_heads={sizes['num_heads']}"
+        )
+    grid = config.crops.global_crop_size_px // model.patch_size
+    backbone = VisionTransformer(
+        **(sizes | {"ffn": model.ffn}),
+        patch_size=model.patch_size,
+        mlp_ratio=model.mlp_ratio,
+        layer_scale_init=model.layer_scale_init,
+        num_register_tokens=model.num_register_tokens,
+        pos_embed_grid=(grid, grid),
+        interpolation=model.interpolation,
+        in_channels=config.data.in_channels,
+        drop_path_rate=model.drop_path_rate,
+        drop_path_mode=model.drop_path_mode,
+        dtype=dtype,
+        remat=config.remat,
+        attention=config.attention,
+        scan_unroll=config.scan_unroll,
+    )
+
+    def head(settings) -> DINOHead:
+        return DINOHead(
+            num_prototypes=settings.num_prototypes,
+            hidden_dim=settings.hidden_dim,
+            bottleneck_dim=settings.bottleneck_dim,
+            num_layers=settings.num_layers,
+            dtype=dtype,
+        )
+
+    is_separate = config.ibot.separate_head and config.ibot.loss_weight > 0
+    needs_dino = config.dino.loss_weight > 0 or not is_separate
+    return Network(
+        backbone=backbone,
+        dino_head=head(config.dino) if needs_dino else None,
+        ibot_head=head(config.ibot) if is_separate else None,
+    )
+
+
+def build_losses(config) -> LossSettings:
+    """Weights and constants of the losses."""
+    return LossSettings(
+        dino_weight=config.dino.loss_weight,
+        ibot_weight=config.ibot.loss_weight,
+        koleo_weight=config.koleo.loss_weight,
+        koleo_crops=config.koleo.koleo_crops,
+        centering=config.centering.kind,
+        num_sinkhorn_iters=config.centering.num_sinkhorn_iters,
+        center_momentum=config.centering.center_momentum,
+        student_temp=config.centering.student_temp,
+    )
+
+
+def build_augment(config) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The device side of the augmentation."""
+    return functools.partial(
+        augment,
+        mean=config.augment.mean,
+        std=config.augment.std,
+        blur_kernel_size_px=config.augment.blur_kernel_size_px,
+        solarize_threshold=config.augment.solarize_threshold,
+    )
+
+
+def learning_rate_rule(config) -> dict:
+    """Arguments of `scaled_learning_rate` and of the sentence about it."""
+    return {
+        "base": config.optim.base_learning_rate,
+        "global_batch_size": config.global_batch_size,
+        "rule": config.optim.learning_rate_scaling,
+    }
+
+
+def build_schedules(config) -> Schedules:
+    """The five schedules."""
+    return Schedules(
+        total_steps=config.total_steps,
+        warmup_steps=config.optim.warmup_steps,
+        learning_rate=scaled_learning_rate(**learning_rate_rule(config)),
+        min_learning_rate=config.optim.min_learning_rate,
+        freeze_last_layer_steps=config.optim.freeze_last_layer_steps,
+        weight_decay_start=config.optim.weight_decay_start,
+        weight_decay_end=config.optim.weight_decay_end,
+        teacher_momentum_start=config.teacher.momentum_start,
+        teacher_momentum_end=config.teacher.momentum_end,
+        teacher_temp_start=config.centering.teacher_temp_start,
+        teacher_temp=config.centering.teacher_temp,
+        teacher_temp_warmup_steps=config.centering.teacher_temp_warmup_steps,
+    )
+
+
+def describe(config, trainer: Trainer, *, config_path: str, workdir, num_images: int) -> str:
+    """The start-up table."""
+    backbone = trainer.network.backbone
+    shards = sharding.batch_shards(trainer.mesh)
+    patches = (config.crops.global_crop_size_px // config.model.patch_size) ** 2
+    local_patches = (config.crops.local_crop_size_px // config.model.patch_size) ** 2
+    extra = 1 + config.model.num_register_tokens
+    masks = config.masks
+    masked_share = masks.mask_probability * (masks.mask_ratio_min + masks.mask_ratio_max) / 2
+    ibot = config.ibot if config.ibot.separate_head else config.dino
+    activation_bytes = report.estimate_activation_bytes(
+        images=config.global_batch_size // shards // config.grad_accumulation_steps,
+        global_tokens=patches + extra,
+        local_tokens=local_patches + extra,
+        num_local_crops=config.crops.num_local_crops,
+        embed_dim=backbone.embed_dim,
+        depth=backbone.depth,
+        num_heads=backbone.num_heads,
+        mlp_ratio=config.model.mlp_ratio,
+        itemsize=jnp.dtype(backbone.dtype).itemsize,
+        kept_share=1 - config.model.drop_path_rate * (config.model.drop_path_mode == "subset"),
+        remat=config.remat,
+        num_prototypes=(
+            config.dino.num_prototypes * (config.dino.loss_weight > 0),
+            ibot.num_prototypes * (config.ibot.loss_weight > 0),
+        ),
+        masked_tokens=int(masked_share * patches),
+    )
+    return report.start_table(
+        config_path=config_path,
+        workdir=workdir,
+        mesh=trainer.mesh,
+        state=trainer.abstract_state,
+        dtype=str(jnp.dtype(backbone.dtype)),
+        global_batch_size=config.global_batch_size,
+        group_size=config.group_size,
+        learning_rate=describe_learning_rate(**learning_rate_rule(config)),
+        activation_bytes=activation_bytes,
+        epochs=config.total_steps * config.global_batch_size / num_images,
+        total_steps=config.total_steps,
+    )

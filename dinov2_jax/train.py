@@ -1,0 +1,263 @@
+"""Trains a DINOv2 model: `python -m dinov2_jax.train --config=configs/quickstart.py`.
+
+The door: reads the flags and the configuration, builds the rooms, and opens them to the loop. Run
+the same command again to go on from the last checkpoint. Exit codes: 0 finished (or finished
+before), 1 stopped by a guard or a full disk, 2 wrong configuration, data or workdir, 143 and 130
+saved and stopped after SIGTERM and SIGINT (a second signal stops at once, without saving).
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+
+from dinov2_jax import config as config_lib
+from dinov2_jax import inputs, report, startup
+from dinov2_jax import metrics as metrics_lib
+from dinov2_jax.checkpoints import Checkpoints, KeepPolicy
+from dinov2_jax.config_rules import ConfigError
+from dinov2_jax.data.records import DataError
+from dinov2_jax.feed import Feed
+from dinov2_jax.guards import StopRun
+from dinov2_jax.loop import Limits, Loop, Rhythm, new_books
+from dinov2_jax.progress import Display, format_secs
+from dinov2_jax.signals import StopSignals
+from dinov2_jax.workdir import (
+    CONFIG_FILE,
+    WorkdirError,
+    check_unchanged,
+    is_disk_full,
+    open_workdir,
+    write_whole,
+)
+
+STOPPED, WRONG_INPUT = 1, 2
+CROPS_FILE, PATCHES_FILE = "crops.png", "pca.png"
+
+
+def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; `overrides` has the (key, text) of every `--config.key=text`.
+
+    Raises:
+      ConfigError: an unknown flag, with the nearest known one.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m dinov2_jax.train",
+        description="Trains a DINOv2 model.",
+        epilog="--config.KEY=VALUE sets any key of configs/base.py, such as "
+        "--config.data.path=/your/images or --config.total_steps=1000.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="such as configs/vits14.py")
+    parser.add_argument("--workdir", metavar="DIR", help="default: runs/<name of the config>")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the start-up table and exit; writes nothing"
+    )
+    parser.add_argument(
+        "--allow_config_change",
+        action="store_true",
+        help="resume although keys that change results differ",
+    )
+    flags, rest = parser.parse_known_args(argv)
+    flags.overrides = []
+    rest = list(rest)
+    while rest:
+        name, equals, text = rest.pop(0).partition("=")
+        if not name.startswith("--config."):
+            known = [option for action in parser._actions for option in action.option_strings]
+            nearest = config_lib.nearest(name, known)
+            raise ConfigError(
+                f"{name}: no such flag; "
+                + (f"did you mean {nearest}?" if nearest else "keys are set by --config.KEY=VALUE")
+            )
+        if not equals:
+            if not rest:
+                raise ConfigError(f"{name} needs a value: {name}=VALUE")
+            text = rest.pop(0)
+        flags.overrides.append((name.removeprefix("--config."), text))
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; what is wrong with its input is one line on stderr. Returns the code."""
+    workdir = None
+    try:
+        flags = parse_flags(sys.argv[1:] if argv is None else argv)
+        config = config_lib.load_config(flags.config, flags.overrides)
+        workdir = epath.Path(flags.workdir or f"runs/{epath.Path(flags.config).stem}")
+        with StopSignals() as stop:
+            if flags.dry_run:
+                return dry_run(config, flags.config, workdir)
+            with open_workdir(workdir) as workdir:
+                return train(config, flags, workdir, stop)
+    except (ConfigError, DataError, WorkdirError) as error:
+        return _fail(error, WRONG_INPUT)
+    except StopRun as error:
+        return _fail(error, STOPPED)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        return _fail(
+            f"no space left for --workdir={workdir} ({error}); free some and run the same command "
+            "again: it goes on from the last checkpoint, which is whole",
+            STOPPED,
+        )
+
+
+def _fail(error: Exception | str, code: int) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def dry_run(config, config_path: str, workdir: epath.Path) -> int:
+    """Prints what a run would be; writes nothing."""
+    source = inputs.open_data(config)
+    print(source.describe(), flush=True)
+    trainer = startup.build_trainer(config, startup.build_mesh(config))
+    print(
+        startup.describe(
+            config, trainer, config_path=config_path, workdir=workdir, num_images=len(source)
+        )
+    )
+    return 0
+
+
+def train(config, flags: argparse.Namespace, workdir: epath.Path, stop: StopSignals) -> int:
+    """Starts or resumes the run of a workdir; returns the exit code."""
+    keep = KeepPolicy(
+        last=config.checkpoints.keep_last, every_steps=config.checkpoints.keep_every_steps
+    )
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep))
+        if checkpoints.steps():
+            check_unchanged(workdir, config, allow=flags.allow_config_change, say=print)
+            if checkpoints.steps()[-1] >= config.total_steps:
+                print(f"{workdir}: this run is finished, all {config.total_steps} steps are done")
+                return 0
+        source = inputs.open_data(config)
+        print(source.describe(), flush=True)
+        bad_images = inputs.build_bad_images(config, source, workdir)
+        mesh = startup.build_mesh(config)
+        stack.enter_context(jax.set_mesh(mesh))
+        trainer = startup.build_trainer(config, mesh)
+        evaluation = inputs.build_evaluation(config, trainer)
+        print(
+            startup.describe(
+                config, trainer, config_path=flags.config, workdir=workdir, num_images=len(source)
+            )
+        )
+        if evaluation is not None:
+            print(evaluation.describe())
+        write_whole(workdir / CONFIG_FILE, config_lib.to_json(config))
+        environment = metrics_lib.describe_environment(
+            list(mesh.devices.flat), repository=config_lib.REPOSITORY
+        )
+        metrics_lib.add_environment(workdir, environment)
+
+        restored = checkpoints.restore_latest(trainer.abstract_state, warn=print)
+        step, state, books = restored or (0, trainer.init(), new_books())
+        if restored:
+            print(f"resumed from step {step}", flush=True)
+        feed = Feed(stack.enter_context(inputs.open_batches(config, source, start_step=step)), mesh)
+        writer = stack.enter_context(
+            metrics_lib.MetricsWriter(
+                workdir,
+                restored_step=step if restored else None,
+                tensorboard=config.tensorboard,
+                wandb_project=config.wandb_project,
+                config=config.to_dict(),
+            )
+        )
+        if config.pictures and not (workdir / CROPS_FILE).exists():
+            inputs.draw_crops(config, feed.peek().host, workdir / CROPS_FILE)
+        loop = Loop(
+            workdir=workdir,
+            state=state,
+            step=step,
+            books=books,
+            train_step=compile_step(trainer, state, feed, step),
+            schedules=trainer.schedules,
+            feed=feed,
+            images_per_step=config.global_batch_size,
+            rhythm=build_rhythm(config),
+            limits=Limits(
+                max_nonfinite_steps=config.guards.max_nonfinite_steps,
+                check_collapse=config.guards.collapse_check,
+                warmup_steps=config.optim.warmup_steps,
+            ),
+            checkpoints=checkpoints,
+            writer=writer,
+            display=stack.enter_context(Display(total_steps=config.total_steps, step=step)),
+            bad_images=bad_images,
+            evaluate=inputs.evaluate_with_baselines(evaluation),
+            best_metric=f"knn/{inputs.evaluation_name(config)}/cls",
+            keep_best=config.checkpoints.keep_best,
+            teacher_metadata={"config": json.dumps(config.to_dict())},
+            stop=stop,
+        )
+        del state, restored  # the loop donates the state
+        for line in metrics_lib.read_metrics(writer.path):
+            loop.last_evaluation |= {key: x for key, x in line.items() if key.startswith("knn/")}
+        if not loop.run():
+            loop.save()
+            checkpoints.wait()
+            loop.display.line(f"stopped and saved after step {loop.step}; the same command goes on")
+            return stop.exit_code
+        finish(config, loop, trainer, source)
+        return 0
+
+
+def compile_step(trainer: startup.Trainer, state, feed: Feed, step: int):
+    """Compiles the train step for the batches of this run, and says how long that took."""
+    started = time.perf_counter()
+    lowered = trainer.train_step.lower(state, feed.peek().device, trainer.schedules.at(step))
+    compiled = lowered.compile()
+    text = f"compiled the step in {format_secs(time.perf_counter() - started)}"
+    memory = compiled.memory_analysis()
+    if memory is not None:
+        text += f"; it needs {report.megabytes(memory.temp_size_in_bytes)} beside the state"
+    print(text, flush=True)
+    return compiled
+
+
+def build_rhythm(config) -> Rhythm:
+    """When things happen."""
+    first, _, last = config.profile_steps.partition(":")
+    return Rhythm(
+        total=config.total_steps,
+        log=config.log_every_steps,
+        checkpoint=config.checkpoint_every_steps,
+        evaluate=config.eval_every_steps,
+        teacher=config.teacher_every_steps,
+        profile=(int(first), int(last)) if first else None,
+    )
+
+
+def finish(config, loop: Loop, trainer: startup.Trainer, source) -> None:
+    """Draws, saves the last checkpoint, and says what lies where and what to try next."""
+    if config.pictures:
+        try:
+            inputs.draw_patches(
+                config, trainer, source, loop.state.teacher, loop.workdir / PATCHES_FILE
+            )
+        # A picture is not worth a run: whatever goes wrong, the network is saved.
+        except Exception as error:
+            loop.display.line(f"warning: {PATCHES_FILE} could not be drawn ({error})")
+    loop.save()
+    loop.checkpoints.wait()
+    for line in report.last_words(
+        workdir=loop.workdir,
+        metrics=loop.last_evaluation,
+        name=inputs.evaluation_name(config),
+        is_own_data=not config.data.path.startswith("photos:"),
+    ):
+        loop.display.line(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""The workdir: opened for one run at a time, its configuration guarded, its small files written.
+
+Files: config.json, metrics.jsonl, environment.json, checkpoints/, teacher.safetensors,
+bad_images.txt, nonfinite/, crops.png, pca.png, tensorboard/, profile/.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from dinov2_jax.config import compare_configs
+from dinov2_jax.data.records import DataError
+
+CONFIG_FILE = "config.json"
+BAD_IMAGES_FILE = "bad_images.txt"
+
+
+class WorkdirError(RuntimeError):
+    """A workdir that cannot be used; its text is one line for the user."""
+
+
+@contextlib.contextmanager
+def open_workdir(path: epath.PathLike) -> Iterator[epath.Path]:
+    """Creates the workdir, finds out whether it can be written, and holds it for this process.
+
+    Raises:
+      WorkdirError: it cannot be created or written, or another run holds it.
+    """
+    workdir = epath.Path(path)
+    lock = None
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".lock"
+        if "://" in str(workdir):
+            probe.write_text("")  # object stores have no locks
+        else:
+            # Released when the process ends, in whatever way.
+            lock = open(probe, "w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise WorkdirError(
+            f"--workdir={workdir} is in use by another run; wait for it, or choose another"
+        ) from error
+    except OSError as error:
+        raise WorkdirError(
+            f"--workdir={workdir} cannot be written ({error.strerror or error}); choose another"
+        ) from error
+    try:
+        yield workdir
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a small file so that it is there whole or as it was."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def check_unchanged(
+    workdir: epath.Path, config: Mapping[str, Any], *, allow: bool, say: Callable[[str], None]
+) -> None:
+    """Compares with the configuration that the checkpoints of this workdir were made with.
+
+    Raises:
+      WorkdirError: a result-changing key differs and `allow` is False.
+    """
+    try:
+        old = json.loads((workdir / CONFIG_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise WorkdirError(
+            f"{workdir / CONFIG_FILE} cannot be read ({error}), so what this run was started with "
+            "is unknown; restore the file, or choose another --workdir"
+        ) from error
+    differences = compare_configs(old, config)
+    if not differences:
+        return
+    if not allow:
+        raise WorkdirError(
+            f"--workdir={workdir} holds a run with another configuration: "
+            f"{'; '.join(differences)}; choose another --workdir, set the keys back, or add "
+            "--allow_config_change to go on from its last checkpoint all the same"
+        )
+    for line in differences:
+        say(f"configuration changed: {line}")
+
+
+class BadImages:
+    """Counts the images that could not be read, and names each once in bad_images.txt."""
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        *,
+        rejected: Sequence[tuple[str, str]],
+        num_images: int,
+        max_fraction: float,
+        explain: Callable[[int], tuple[str, str]],
+    ):
+        """Opens the list, and enters what was rejected at the scan.
+
+        Args:
+          workdir: holds the list.
+          rejected: (name, reason) of each image found bad at the scan.
+          num_images: found at the scan, the rejected ones not included.
+          max_fraction: share of all of them above which `add` raises.
+          explain: record number -> (name, reason).
+        """
+        self._path = workdir / BAD_IMAGES_FILE
+        self._named = set()
+        if self._path.exists():
+            text = self._path.read_text()
+            self._named = {line.split("\t")[0] for line in text.splitlines()}
+        self._rejected, self._explain = len(rejected), explain
+        self._num_images, self._max_fraction = num_images + len(rejected), max_fraction
+        self.records: set[int] = set()  # those found bad when they were decoded
+        for name, reason in rejected:
+            self._name(name, reason)
+
+    @property
+    def count(self) -> int:
+        """Different bad images so far: at the scan, and in the batches trained on."""
+        return self._rejected + len(self.records)
+
+    def add(self, bad_record: np.ndarray) -> None:
+        """Enters the bad records of one batch; -1 stands for a good image.
+
+        Raises:
+          DataError: more images are bad than `data.max_bad_fraction` allows.
+        """
+        for record in sorted(set(bad_record[bad_record >= 0].tolist()) - self.records):
+            self.records.add(record)
+            self._name(*self._explain(record))
+        if self.count > self._max_fraction * self._num_images:
+            raise DataError(
+                f"{self.count} of {self._num_images} images cannot be read, more than "
+                f"data.max_bad_fraction={self._max_fraction:g} allows; they are named in "
+                f"{self._path}: repair or remove them, or raise data.max_bad_fraction"
+            )
+
+    def _name(self, name: str, reason: str) -> None:
+        name, reason = (" ".join(text.split()) for text in (name, reason))
+        if name in self._named:
+            return
+        self._named.add(name)
+        with self._path.open("a") as file:
+            file.write(f"{name}\t{reason}\n")
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an exception, or what it came from, says that there is no space left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if any(text in str(error) for text in ("No space left", "Disk quota", "File too large")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
