@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dinov2_jax.data.records import Source
-from dinov2_jax.evals.baselines import BASELINES, baseline_features
+from dinov2_jax.evals.baselines import baseline_features
 from dinov2_jax.evals.features import FeatureExtractor, Features
 from dinov2_jax.evals.image_sets import ImageSet, LabelledImages, identity_crops
 from dinov2_jax.evals.knn import knn_accuracy
@@ -101,8 +101,7 @@ class InRunEvaluation:
         results = self._accuracies(
             bank._asdict(), bank_labels, queries._asdict(), query_labels, prefix="random_init_"
         )
-        simple = [baseline_features(self.bank, self.queries, kind) for kind in BASELINES]
-        bank, queries = (dict(zip(BASELINES, x, strict=True)) for x in zip(*simple, strict=True))
+        bank, queries = baseline_features(self.bank), baseline_features(self.queries)
         results |= self._accuracies(bank, bank_labels, queries, query_labels, prefix="")
         counts = {
             "chance": np.bincount(query_labels).max() / len(query_labels),
