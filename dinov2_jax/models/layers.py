@@ -180,12 +180,12 @@ def ffn_hidden_dim(embed_dim: int, mlp_ratio: float, ffn: str) -> int:
 
 
 class LayerScale(nn.Module):
-    """Multiplies a residual by a learned vector, in float32."""
+    """Multiplies a residual by a learned vector that starts at `initial_value`, in float32."""
 
-    init: float = 1e-5
+    initial_value: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps a residual `[.., d]` of any type to float32 `[.., d]`."""
-        gamma = self.param("gamma", nn.initializers.constant(self.init), (x.shape[-1],))
+        gamma = self.param("gamma", nn.initializers.constant(self.initial_value), (x.shape[-1],))
         return x.astype(jnp.float32) * gamma

@@ -147,6 +147,11 @@ class VisionTransformer(nn.Module):
     scan_unroll: int = 1
 
     def setup(self):
+        if self.layer_scale_init <= 0:
+            raise ValueError(
+                f"layer_scale_init={self.layer_scale_init} must be above 0, or no block would do "
+                "anything; 1 starts without scaling, 1e-5 is the reference's"
+            )
         d, normal = self.embed_dim, nn.initializers.normal
         rows, cols = self.pos_embed_grid
         self.patch_embed = PatchEmbed(self.patch_size, d, dtype=self.dtype)

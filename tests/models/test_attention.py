@@ -1,0 +1,61 @@
+"""Attention against plain loops; softmax in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dinov2_jax.models.attention import Attention, attend
+
+
+def test_attend_equals_loops():
+    b, heads, n, hd = 2, 3, 5, 4
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, b, heads, n, hd)).astype(np.float32)
+    expected = np.zeros_like(q)
+    for image in range(b):
+        for head in range(heads):
+            for i in range(n):
+                weights = [np.exp(q[image, head, i] @ k[image, head, j] / 2.0) for j in range(n)]
+                for j in range(n):
+                    expected[image, head, i] += weights[j] / sum(weights) * v[image, head, j]
+    np.testing.assert_allclose(attend(q, k, v), expected, atol=1e-6)
+
+
+def test_logits_are_float32_for_bfloat16_inputs():
+    # One logit of 8 + 1/32 among logits of 8: bfloat16 has no number between 8 and 8 + 1/16.
+    n = 20
+    q = jnp.zeros((1, 1, 1, 4), jnp.bfloat16).at[0, 0, 0, :2].set(jnp.array([16, 1]))
+    k = jnp.zeros((1, 1, n, 4), jnp.bfloat16).at[..., 0].set(1).at[0, 0, 0, 1].set(1 / 16)
+    v = jnp.zeros((1, 1, n, 4), jnp.bfloat16).at[0, 0, 0].set(1)
+    out = attend(q, k, v)
+    assert out.dtype == jnp.bfloat16
+    expected = np.exp(1 / 32) / (np.exp(1 / 32) + n - 1)
+    np.testing.assert_allclose(np.float32(out), expected, rtol=2**-8)
+
+
+def test_projection_is_queries_keys_values_head_major():
+    b, n, heads, hd = 1, 4, 2, 3
+    d = heads * hd
+    x = np.random.default_rng(0).standard_normal((b, n, d)).astype(np.float32)
+    module = Attention(num_heads=heads)
+    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda a: a * 20, params)
+    q, k, v = np.split(x @ params["qkv"]["kernel"], 3, axis=-1)
+    out = np.zeros((b, n, d), np.float32)
+    for head in range(heads):
+        part = slice(head * hd, (head + 1) * hd)
+        weights = np.exp(q[..., part] @ k[..., part].swapaxes(1, 2) / np.sqrt(hd))
+        out[..., part] = weights / weights.sum(axis=-1, keepdims=True) @ v[..., part]
+    expected = out @ params["proj"]["kernel"]
+    np.testing.assert_allclose(module.apply({"params": params}, x), expected, atol=1e-5)
+
+
+def test_errors():
+    x = jnp.zeros((1, 1, 2, 4))
+    with pytest.raises(ValueError, match=r"attention='flash' must be one of \('xla', 'cudnn'\)"):
+        attend(x, x, x, implementation="flash")
+    with pytest.raises(ValueError, match=r"'cudnn' must have half-precision .* not float32; set"):
+        attend(x, x, x, implementation="cudnn")
+    with pytest.raises(ValueError, match=r"embed_dim=6 must be a multiple of num_heads=4"):
+        Attention(num_heads=4).init(jax.random.key(0), jnp.zeros((1, 2, 6)))

@@ -1,0 +1,140 @@
+"""The parts of a block against formulas, and their initial distributions."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dinov2_jax.models.layers import (
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    SwiGLU,
+    TokenDense,
+    ffn_hidden_dim,
+    gelu,
+)
+
+
+def test_gelu_is_exact_in_value_and_gradient():
+    x = np.linspace(-6, 6, 97)
+    cdf = np.array([0.5 * (1 + math.erf(a / math.sqrt(2))) for a in x])
+    density = np.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+    np.testing.assert_allclose(gelu(jnp.float32(x)), x * cdf, atol=5e-7)
+    np.testing.assert_allclose(
+        jax.vmap(jax.grad(gelu))(jnp.float32(x)), cdf + x * density, atol=1e-6
+    )
+    # The tanh approximation is off by up to 5e-4: these tolerances see it.
+    assert np.abs(jax.nn.gelu(jnp.float32(x)) - x * cdf).max() > 1e-4
+
+
+def test_gelu_keeps_the_type():
+    x = jnp.ones(3, jnp.bfloat16)
+    assert gelu(x).dtype == jnp.bfloat16
+    assert jax.grad(lambda a: gelu(a).sum())(x).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("embed_dim", "mlp", "swiglu"),
+    [(384, 1536, 1024), (768, 3072, 2048), (1024, 4096, 2736), (1536, 6144, 4096)],
+)
+def test_hidden_widths_are_the_released_ones(embed_dim, mlp, swiglu):
+    assert ffn_hidden_dim(embed_dim, 4.0, "mlp") == mlp
+    assert ffn_hidden_dim(embed_dim, 4.0, "swiglu") == swiglu
+
+
+def test_unknown_ffn():
+    with pytest.raises(ValueError, match=r"ffn='glu' must be one of \('mlp', 'swiglu'\)"):
+        ffn_hidden_dim(8, 4.0, "glu")
+
+
+def test_mlp_formula():
+    x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    params = _random_params(Mlp(8), x)
+    hidden = gelu(x @ params["fc1"]["kernel"] + params["fc1"]["bias"])
+    expected = hidden @ params["fc2"]["kernel"] + params["fc2"]["bias"]
+    np.testing.assert_allclose(Mlp(8).apply({"params": params}, x), expected, atol=1e-5)
+
+
+def test_swiglu_gate_is_the_first_half():
+    x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    params = _random_params(SwiGLU(8), x)
+    both = x @ params["w12"]["kernel"] + params["w12"]["bias"]
+    gate, value = both[..., :8], both[..., 8:]
+    expected = (gate / (1 + np.exp(-gate)) * value) @ params["w3"]["kernel"] + params["w3"]["bias"]
+    np.testing.assert_allclose(SwiGLU(8).apply({"params": params}, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_patch_embed_is_a_strided_convolution(channels):
+    images = np.random.default_rng(0).standard_normal((2, 6, 9, channels)).astype(np.float32)
+    params = _random_params(PatchEmbed(3, 4), images)
+    assert params["proj"]["kernel"].shape == (3, 3, channels, 4)
+    expected = np.zeros((2, 6, 4), np.float32)
+    for row in range(2):
+        for col in range(3):
+            patch = images[:, 3 * row : 3 * row + 3, 3 * col : 3 * col + 3]
+            expected[:, row * 3 + col] = np.einsum("bhwc,hwcd->bd", patch, params["proj"]["kernel"])
+    expected += params["proj"]["bias"]
+    np.testing.assert_allclose(
+        PatchEmbed(3, 4).apply({"params": params}, images), expected, atol=1e-5
+    )
+
+
+def test_patch_embed_wants_whole_patches():
+    with pytest.raises(ValueError, match=r"height=30 and width=28 .* patch_size=14; .* 28 x 28"):
+        PatchEmbed(14, 4).init(jax.random.key(0), jnp.zeros((1, 30, 28, 3)))
+
+
+def test_layer_norm_survives_high_norm_tokens_and_has_the_reference_eps():
+    # E[x^2] - E[x]^2 would lose this variance of 1 beside a mean of 4096.
+    x = 4096 + np.tile(np.float32([-1, 1]), 8)[None]
+    norm = LayerNorm()
+    params = norm.init(jax.random.key(0), x)
+    np.testing.assert_allclose(norm.apply(params, x), x - 4096, atol=1e-6)
+    small = 1e-3 * np.tile(np.float32([-1, 1]), 8)[None]  # variance 1e-6 = eps
+    np.testing.assert_allclose(norm.apply(params, small), small * 1e3 / math.sqrt(2), rtol=1e-5)
+
+
+def test_layer_scale_is_float32():
+    x = jnp.full((1, 2, 3), 1 + 2**-7, jnp.bfloat16)
+    out = LayerScale(1e-5).apply({"params": {"gamma": jnp.full(3, 1.001)}}, x)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, (1 + 2**-7) * 1.001, rtol=1e-6)
+
+
+class TestInit:
+    """Distributions of protocols: PyTorch's defaults where the reference leaves them."""
+
+    @pytest.mark.parametrize("channels", [3, 4])
+    def test_patch_embed_is_uniform(self, channels):
+        images = jnp.zeros((1, 14, 14, channels))
+        proj = PatchEmbed(14, 256).init(jax.random.key(0), images)["params"]["proj"]
+        bound = 1 / math.sqrt(channels * 14 * 14)
+        for leaf, tail in ((proj["kernel"], 1e-3), (proj["bias"], 0.03)):
+            assert float(jnp.abs(leaf).max()) <= bound
+            assert float(leaf.max()) > bound * (1 - tail)
+            assert float(leaf.min()) < -bound * (1 - tail)
+        std = bound / math.sqrt(3)
+        np.testing.assert_allclose(proj["kernel"].std(), std, rtol=0.01)
+
+    def test_linear_is_normal_and_not_truncated(self):
+        params = TokenDense(512).init(jax.random.key(0), jnp.zeros((1, 1, 512)))["params"]
+        np.testing.assert_allclose(params["kernel"].std(), 0.02, rtol=0.01)
+        # Of 262144 draws the largest is beyond 4 standard deviations.
+        assert float(jnp.abs(params["kernel"]).max()) > 4 * 0.02
+        np.testing.assert_array_equal(params["bias"], 0)
+
+    def test_layer_scale(self):
+        gamma = LayerScale(1e-5).init(jax.random.key(0), jnp.zeros((1, 1, 4)))["params"]["gamma"]
+        np.testing.assert_array_equal(gamma, np.full(4, 1e-5, np.float32))
+
+
+def _random_params(module, x) -> dict:
+    """Parameters of order 1, biases included."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32), shapes)
