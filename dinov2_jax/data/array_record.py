@@ -71,7 +71,8 @@ class ArrayRecordSource(Source):
         self._ends = np.cumsum(counts, dtype=np.int64)
         self._relabel: list[list[int]] = []
         if names and all(names):
-            self.label_names = tuple(sorted(set().union(*names)))
+            is_joint = all(of_file == names[0] for of_file in names)
+            self.label_names = tuple(names[0] if is_joint else sorted(set().union(*names)))
             number = {name: i for i, name in enumerate(self.label_names)}
             self._relabel = [[number[name] for name in of_file] for of_file in names]
         self._forget_readers()

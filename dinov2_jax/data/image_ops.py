@@ -66,12 +66,13 @@ def decode(
     if num_channels not in _MODES:
         raise BadImage(f"an encoded image has no {num_channels}-channel form")
     # Same pixels as Pillow (both are libjpeg-turbo) at two thirds of its time. What it refuses
-    # (CMYK, warnings of the decoder) Pillow judges, as in the reference.
+    # (CMYK, warnings of the decoder) Pillow judges, as in the reference; it also makes grey of
+    # colour, as for the other formats.
     if image[:2] == b"\xff\xd8":
         try:
             height, width, colors, _ = simplejpeg.decode_jpeg_header(image)
             _check_size(height, width, max_pixels)
-            if colors in ("Gray", "YCbCr", "RGB"):
+            if colors == "Gray" or (colors in ("YCbCr", "RGB") and num_channels != 1):
                 return simplejpeg.decode_jpeg(image, _JPEG_COLORS[num_channels])
         except BadImage:
             raise

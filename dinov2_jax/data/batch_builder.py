@@ -1,0 +1,134 @@
+"""Builds one batch: reads and decodes records, cuts crops, draws augmentation and masks.
+
+Everything in it is a function of (seed, global index) alone. An image that cannot be read is
+replaced by another, chosen by the same rule, and named.
+"""
+
+import concurrent.futures
+
+import numpy as np
+
+from dinov2_jax.data.batch import AUGMENT_COLUMNS, Batch
+from dinov2_jax.data.image_ops import decode
+from dinov2_jax.data.masking import BlockMasks
+from dinov2_jax.data.multicrop import NUM_GLOBAL_CROPS, MultiCrop
+from dinov2_jax.data.order import ELEMENT, MASKS, Order, stream_rng
+from dinov2_jax.data.records import BadImage, DataError, Source
+
+_MAX_REPLACEMENTS = 100  # of one image, one after the other
+
+
+class BatchBuilder:
+    """Builds this host's part of the batch of any step. Pickled into the workers.
+
+    Args:
+      source, seed, multicrop, masks, num_channels, max_image_pixels: see `make_batches`.
+      global_batch_size: over all hosts.
+      group_size: images in a group.
+      first_row, num_rows: this host's images within the global batch, whole groups.
+      num_threads: that decode and crop; 1: the caller's.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Source,
+        seed: int,
+        global_batch_size: int,
+        group_size: int,
+        first_row: int,
+        num_rows: int,
+        multicrop: MultiCrop,
+        masks: BlockMasks,
+        num_channels: int,
+        max_image_pixels: int,
+        num_threads: int,
+    ):
+        self._source, self._seed = source, seed
+        parts = getattr(source, "sources", [source])
+        self._order = Order(
+            tuple(len(part) for part in parts), seed=seed, weights=getattr(source, "weights", ())
+        )
+        self._global_batch_size, self._group_size = global_batch_size, group_size
+        self._first_row, self._num_rows = first_row, num_rows
+        self._multicrop, self._masks = multicrop, masks
+        self._reading = {"num_channels": num_channels, "max_pixels": max_image_pixels}
+        self.num_threads = num_threads
+        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+
+    def __call__(self, step: int) -> Batch:
+        """Builds the batch of a step (steps count from 0)."""
+        first = int(step) * self._global_batch_size + self._first_row
+        batch = self._allocate(np.arange(first, first + self._num_rows, dtype=np.int64))
+        if self.num_threads == 1:
+            for row in range(self._num_rows):
+                self._fill_row(batch, row)
+        else:
+            list(self._threads().map(lambda row: self._fill_row(batch, row), range(self._num_rows)))
+        first_group = first // self._group_size
+        for group in range(self._num_rows // self._group_size):
+            masks, indices, weights = self._masks(
+                stream_rng(self._seed, MASKS, first_group + group)
+            )
+            batch.masks[group] = masks
+            batch.mask_indices[group] = indices
+            batch.mask_weights[group] = weights
+        return batch
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _fill_row(self, batch: Batch, row: int) -> None:
+        index = int(batch.index[row])
+        image, batch.bad_record[row] = self._read(index)
+        rng = stream_rng(self._seed, ELEMENT, index)
+        augmentation = self._multicrop.draw_augmentation(rng)
+        batch.global_augment[row] = augmentation[:NUM_GLOBAL_CROPS]
+        batch.local_augment[row] = augmentation[NUM_GLOBAL_CROPS:]
+        self._multicrop(
+            image, rng, global_crops=batch.global_crops[row], local_crops=batch.local_crops[row]
+        )
+
+    def _read(self, index: int) -> tuple[np.ndarray, int]:
+        """The image at a position, or its replacement, and the record that was bad (-1: none)."""
+        record = first_record = self._order.record(index)
+        for attempt in range(_MAX_REPLACEMENTS):
+            try:
+                image = decode(self._source[record].image, **self._reading)
+                return image, -1 if attempt == 0 else first_record
+            except BadImage as error:
+                reason = str(error)
+            record = self._order.replacement(index, attempt)
+        raise DataError(
+            f"{_MAX_REPLACEMENTS} records in a row could not be read (the last: {reason}); "
+            f"check {self._source.path}, beginning with {self._source.name(first_record)}"
+        )
+
+    def _allocate(self, index: np.ndarray) -> Batch:
+        rows, groups = self._num_rows, self._num_rows // self._group_size
+        crops, masks = self._multicrop, self._masks
+        large, small = crops.global_crop_size_px, crops.local_crop_size_px
+        channels = self._reading["num_channels"]
+        num_local, columns = crops.num_local_crops, len(AUGMENT_COLUMNS)
+        return Batch(
+            global_crops=np.empty((rows, NUM_GLOBAL_CROPS, large, large, channels), np.uint8),
+            local_crops=np.empty((rows, num_local, small, small, channels), np.uint8),
+            global_augment=np.empty((rows, NUM_GLOBAL_CROPS, columns), np.float32),
+            local_augment=np.empty((rows, num_local, columns), np.float32),
+            masks=np.empty((groups, masks.num_crops, masks.rows * masks.cols), bool),
+            mask_indices=np.empty((groups, masks.max_masked_patches), np.int32),
+            mask_weights=np.empty((groups, masks.max_masked_patches), np.float32),
+            index=index,
+            bad_record=np.empty(rows, np.int64),
+        )
+
+    def _threads(self) -> concurrent.futures.ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = concurrent.futures.ThreadPoolExecutor(
+                self.num_threads, thread_name_prefix="dinov2-data"
+            )
+        return self._pool
+
+    def __getstate__(self):
+        return self.__dict__ | {"_pool": None}
