@@ -156,8 +156,15 @@ def _check_data(config) -> None:
         raise ConfigError(f"augment.std={augment.std} must be above 0")
     if not 0 <= augment.hue <= 0.5:
         raise ConfigError(f"augment.hue={augment.hue} must lie in 0..0.5 turns")
-    if augment.blur_kernel_size_px % 2 == 0:
-        raise ConfigError(f"augment.blur_kernel_size_px={augment.blur_kernel_size_px} must be odd")
+    kernel, crops = augment.blur_kernel_size_px, config.crops
+    smallest = crops.global_crop_size_px
+    if crops.num_local_crops:
+        smallest = min(smallest, crops.local_crop_size_px)
+    if kernel % 2 == 0 or kernel > 2 * smallest - 1:
+        raise ConfigError(
+            f"augment.blur_kernel_size_px={kernel} must be odd, and at most {2 * smallest - 1} for "
+            f"crops of {smallest} px"
+        )
     sigma = augment.blur_sigma_px
     if len(sigma) != 2 or not 0 < sigma[0] <= sigma[1]:
         raise ConfigError(f"augment.blur_sigma_px={sigma} must be (low, high) with 0 < low <= high")

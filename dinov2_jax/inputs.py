@@ -13,7 +13,6 @@ import numpy as np
 from etils import epath
 
 from dinov2_jax import pictures
-from dinov2_jax.config_rules import ConfigError
 from dinov2_jax.data.batch import Batch
 from dinov2_jax.data.image_ops import decode
 from dinov2_jax.data.masking import BlockMasks
@@ -22,7 +21,7 @@ from dinov2_jax.data.pipeline import Batches, make_batches
 from dinov2_jax.data.records import BadImage, Source
 from dinov2_jax.data.sources import open_mixture, open_source
 from dinov2_jax.evals.in_run import InRunEvaluation, crop_identity, labelled_knn
-from dinov2_jax.startup import Trainer, build_augment
+from dinov2_jax.startup import Trainer, as_config_error, build_augment
 from dinov2_jax.workdir import BadImages
 
 
@@ -145,7 +144,7 @@ def build_evaluation(config, trainer: Trainer) -> InRunEvaluation | None:
         "max_image_pixels": config.data.max_image_pixels,
         "mesh": trainer.mesh,
     }
-    try:
+    with as_config_error():
         if settings.kind == "knn":
             return labelled_knn(
                 **common,
@@ -162,8 +161,6 @@ def build_evaluation(config, trainer: Trainer) -> InRunEvaluation | None:
             saturation=config.augment.saturation,
             hue=config.augment.hue,
         )
-    except ValueError as error:
-        raise ConfigError(f"eval: {error}") from error
 
 
 def evaluate_with_baselines(

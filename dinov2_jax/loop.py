@@ -194,7 +194,9 @@ class Loop:
     def _log(self, step: int, metrics: Mapping, hyper: Hyperparameters) -> None:
         """Writes the line of one step."""
         elapsed = max(time.perf_counter() - self._started, 1e-9)
-        values = {name: float(value) for name, value in metrics.items() if name != "nonfinite"}
+        first = [name for name in ("total_loss", *guards.LOSS_TERMS) if name in metrics]
+        names = dict.fromkeys([*first, *metrics])  # jit has sorted them
+        values = {name: float(metrics[name]) for name in names if name != "nonfinite"}
         values |= {name: float(value) for name, value in hyper._asdict().items()}
         values["bad_images"] = self.bad_images.count
         values["nonfinite_steps"] = self.books["nonfinite_steps"]

@@ -16,6 +16,8 @@ from typing import Any
 
 from etils import epath
 
+from dinov2_jax.config_rules import ConfigError
+
 METRICS_FILE = "metrics.jsonl"
 # The fields that depend on the machine and the moment: all others repeat bit for bit.
 TIMING_FIELDS = (
@@ -56,7 +58,7 @@ class MetricsWriter:
           config: shown by wandb.
 
         Raises:
-          ValueError: wandb is wanted and not installed.
+          ConfigError: wandb is wanted and not installed.
         """
         workdir = epath.Path(workdir)
         self.path = workdir / METRICS_FILE
@@ -138,7 +140,7 @@ def _start_wandb(workdir: epath.Path, project: str, config: Mapping[str, Any]):
     try:
         import wandb
     except ImportError as error:
-        raise ValueError(
+        raise ConfigError(
             f"wandb_project={project!r} needs wandb, which is not installed; "
             "pip install 'dinov2_jax[wandb]', or leave wandb_project empty"
         ) from error

@@ -4,6 +4,7 @@ Part of the door: beside `config.py`, `train.py` and the commands, the only file
 configuration; whatever it calls takes plain arguments.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -53,16 +54,25 @@ class Trainer:
     train_step: Callable
 
 
+@contextlib.contextmanager
+def as_config_error():
+    """What a room refuses of the configuration's values, said as one line to the user."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def build_mesh(config) -> Mesh:
     """The mesh of the configuration; axes that are all given may use a part of the devices."""
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.model)
     devices = jax.devices()
     if -1 not in sizes:
         devices = devices[: math.prod(sizes)]
-    try:
+    with as_config_error():
         mesh = sharding.make_mesh(data=sizes[0], fsdp=sizes[1], model=sizes[2], devices=devices)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     check_groups(
         global_batch_size=config.global_batch_size,
         group_size=config.group_size,
@@ -76,9 +86,10 @@ def build_trainer(config, mesh: Mesh) -> Trainer:
     network = build_network(config)
     crop_size = config.crops.global_crop_size_px
     image_shape = (crop_size, crop_size, config.data.in_channels)
-    params = jax.eval_shape(
-        functools.partial(network.init, image_shape=image_shape), jax.random.key(0)
-    )
+    with as_config_error():
+        params = jax.eval_shape(
+            functools.partial(network.init, image_shape=image_shape), jax.random.key(0)
+        )
     groups = parameter_groups(
         params,
         layerwise_lr_decay=config.optim.layerwise_lr_decay,

@@ -159,7 +159,10 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, stop: StopSign
         )
         metrics_lib.add_environment(workdir, environment)
 
-        restored = checkpoints.restore_latest(trainer.abstract_state, warn=print)
+        try:
+            restored = checkpoints.restore_latest(trainer.abstract_state, warn=print)
+        except ValueError as error:
+            raise WorkdirError(str(error)) from error
         step, state, books = restored or (0, trainer.init(), new_books())
         if restored:
             print(f"resumed from step {step}", flush=True)
