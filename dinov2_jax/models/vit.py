@@ -2,7 +2,7 @@
 
 Blocks are one `nn.scan` over parameters stacked on a leading layer axis. Submodules carry the
 reference's names, so that conversion is a table. Behaviour follows
-dinov2/models/vision_transformer.py and dinov2/layers/block.py (Apache-2.0).
+dinov2/models/vision_transformer.py (Apache-2.0).
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from dinov2_jax.models.attention import Attention
-from dinov2_jax.models.drop_path import DropPath, add_residual
-from dinov2_jax.models.layers import (
-    LayerNorm,
-    LayerScale,
-    Mlp,
-    PatchEmbed,
-    SwiGLU,
-    ffn_hidden_dim,
-    shard_rows,
-)
+from dinov2_jax.models.block import remat_block
+from dinov2_jax.models.drop_path import DropPath
+from dinov2_jax.models.layers import LayerNorm, PatchEmbed
 from dinov2_jax.models.pos_embed import interpolate_pos_embed
 
 # The released sizes (dinov2/models/vision_transformer.py, dinov2/hub/backbones.py). Table 17 of
@@ -34,8 +26,6 @@ VARIANTS = {
     "vit_giant2": dict(embed_dim=1536, depth=40, num_heads=24, ffn="swiglu"),
 }
 
-REMATS = ("none", "dots", "blocks")
-
 
 @flax.struct.dataclass
 class BackboneOutput:
@@ -44,64 +34,6 @@ class BackboneOutput:
     cls: jax.Array  # [b, d]
     registers: jax.Array  # [b, r, d]
     patches: jax.Array  # [b, n, d], row by row
-
-
-class Block(nn.Module):
-    """Attention and a feed-forward network, each a scaled residual of normalised tokens.
-
-    Attributes:
-      num_heads: attention heads.
-      ffn: "mlp" or "swiglu".
-      mlp_ratio: hidden width over embedding width, before SwiGLU's two thirds.
-      layer_scale_init: initial `gamma`.
-      dtype: compute type.
-      attention: implementation, see `attend`.
-    """
-
-    num_heads: int
-    ffn: str = "mlp"
-    mlp_ratio: float = 4.0
-    layer_scale_init: float = 1e-5
-    dtype: jnp.dtype = jnp.float32
-    attention: str = "xla"
-
-    @nn.compact
-    def __call__(self, carry, slot: jax.Array | None, drop_path: DropPath | None):
-        """One layer, as `nn.scan` wants it.
-
-        Args:
-          carry: `(xs, kept)`; xs a tuple of token arrays `[b, n, d]`, one per image size; kept
-            a tuple of buffers `[slots + 1, b, n, d]`, or None.
-          slot: where in the buffers this layer's output goes (the last is a bin), or None.
-          drop_path: stochastic depth, or None.
-
-        Returns:
-          The new carry, and None.
-        """
-        xs, kept = carry
-        norm1 = LayerNorm(dtype=self.dtype, name="norm1")
-        attn = Attention(self.num_heads, self.attention, self.dtype, name="attn")
-        ls1 = LayerScale(self.layer_scale_init, name="ls1")
-        norm2 = LayerNorm(dtype=self.dtype, name="norm2")
-        hidden_dim = ffn_hidden_dim(xs[0].shape[-1], self.mlp_ratio, self.ffn)
-        mlp = {"mlp": Mlp, "swiglu": SwiGLU}[self.ffn](hidden_dim, self.dtype, name="mlp")
-        ls2 = LayerScale(self.layer_scale_init, name="ls2")
-
-        def make_key():
-            return self.make_rng("drop_path")
-
-        # Each branch of each array draws its own images.
-        for branch in (lambda x: ls1(attn(norm1(x))), lambda x: ls2(mlp(norm2(x)))):
-            xs = tuple(
-                shard_rows(add_residual(x, branch, drop_path=drop_path, make_key=make_key))
-                for x in xs
-            )
-        if slot is not None:
-            kept = tuple(
-                jax.lax.dynamic_update_index_in_dim(buffer, x, slot, axis=0)
-                for buffer, x in zip(kept, xs, strict=True)
-            )
-        return (xs, kept), None
 
 
 class VisionTransformer(nn.Module):
@@ -230,12 +162,7 @@ class VisionTransformer(nn.Module):
         if isinstance(layers, int):
             layers = range(self.depth - layers, self.depth)
         chosen = sorted(layers)
-        if (
-            not chosen
-            or len(set(chosen)) < len(chosen)
-            or chosen[0] < 0
-            or chosen[-1] >= self.depth
-        ):
+        if not chosen or sorted(set(chosen) & set(range(self.depth))) != chosen:
             raise ValueError(
                 f"layers={list(layers)} must be different blocks of 0..{self.depth - 1}; choose "
                 "among them, or give how many of the last ones"
@@ -246,8 +173,8 @@ class VisionTransformer(nn.Module):
             buffer = jnp.zeros((len(chosen) + 1, *x.shape), x.dtype)
             slots = [chosen.index(i) if i in chosen else len(chosen) for i in range(self.depth)]
             carry, _ = self.blocks(((x,), (buffer,)), jnp.array(slots), None)
-            kept = carry[1][0]
-            return [self.split(self.norm(x) if norm else x) for x in kept[: len(chosen)]]
+            collected = carry[1][0][: len(chosen)]
+            return [self.split(self.norm(x) if norm else x) for x in collected]
 
     def embed(self, images: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Tokens of images `[b, height, width, c]` before the blocks: `[b, 1 + r + n, d]`."""
@@ -258,45 +185,24 @@ class VisionTransformer(nn.Module):
                 "channels are the last axis"
             )
         x = self.patch_embed(images)  # [b, n, d]
+        dtype = x.dtype
         if mask is not None:
-            x = jnp.where(mask[..., None], self.mask_token.astype(x.dtype), x)
+            if mask.shape != x.shape[:2]:
+                raise ValueError(f"{mask.shape=} must be [b, n] = {x.shape[:2]}, one per patch")
+            x = jnp.where(mask[..., None], self.mask_token, x)
         pos_embed = interpolate_pos_embed(
             self.pos_embed,
             stored_grid=self.pos_embed_grid,
             grid=(height // self.patch_size, width // self.patch_size),
             interpolation=self.interpolation,
-        ).astype(x.dtype)
-        cls = jnp.broadcast_to(
-            self.cls_token.astype(x.dtype) + pos_embed[:, :1], (b, 1, x.shape[-1])
         )
-        x = x + pos_embed[:, 1:]
-        if not self.num_register_tokens:
-            return jnp.concatenate([cls, x], axis=1)
-        registers = jnp.broadcast_to(
-            self.register_tokens.astype(x.dtype), (b, *self.register_tokens.shape[1:])
-        )
-        return jnp.concatenate([cls, registers, x], axis=1)
+        prefix = self.cls_token + pos_embed[:, :1]
+        if self.num_register_tokens:
+            prefix = jnp.concatenate([prefix, self.register_tokens], axis=1)
+        prefix = jnp.broadcast_to(prefix.astype(dtype), (b, *prefix.shape[1:]))
+        return jnp.concatenate([prefix, (x + pos_embed[:, 1:]).astype(dtype)], axis=1)
 
     def split(self, x: jax.Array) -> BackboneOutput:
         """Names the tokens of `[b, 1 + r + n, d]`."""
         r = self.num_register_tokens
         return BackboneOutput(cls=x[:, 0], registers=x[:, 1 : 1 + r], patches=x[:, 1 + r :])
-
-
-def remat_block(remat: str) -> type[Block]:
-    """`Block`, with the backward pass recomputing what `remat` says."""
-    if remat == "none":
-        return Block
-    policies = jax.checkpoint_policies
-    if remat == "dots":
-        # The products with weights and the attention's result; its n x n matrices are not kept.
-        policy = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable,
-            policies.save_only_these_names("attention"),
-        )
-    elif remat == "blocks":
-        policy = policies.nothing_saveable
-    else:
-        raise ValueError(f"{remat=} must be one of {REMATS}; choose one of them")
-    # The scan keeps XLA from merging the recomputation with the forward pass.
-    return nn.remat(Block, prevent_cse=False, static_argnums=(3,), policy=policy)

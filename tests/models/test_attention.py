@@ -51,6 +51,21 @@ def test_projection_is_queries_keys_values_head_major():
     np.testing.assert_allclose(module.apply({"params": params}, x), expected, atol=1e-5)
 
 
+def test_cudnn_gets_its_own_layout(monkeypatch):
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 3, 5, 8), jnp.bfloat16)
+    original = jax.nn.dot_product_attention
+
+    def on_cpu(q, k, v, *, implementation):
+        assert (implementation, q.shape) == ("cudnn", (2, 5, 3, 8))  # [b, n, heads, hd]
+        return original(q, k, v, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
+    ours = attend(q, k, v, implementation="cudnn")
+    np.testing.assert_allclose(
+        np.float32(ours), np.float32(attend(q, k, v)), atol=2**-7, err_msg="bfloat16 rounding"
+    )
+
+
 def test_errors():
     x = jnp.zeros((1, 1, 2, 4))
     with pytest.raises(ValueError, match=r"attention='flash' must be one of \('xla', 'cudnn'\)"):

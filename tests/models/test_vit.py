@@ -227,6 +227,8 @@ def test_errors():
         model.apply(params, make_images(1, 10, 8, 3))
     with pytest.raises(ValueError, match=r"images have 1 channels but in_channels=3"):
         model.apply(params, make_images(1, 8, 8, 1))
+    with pytest.raises(ValueError, match=r"mask.shape=\(1, 3\) must be \[b, n\] = \(1, 4\)"):
+        model.apply(params, make_images(1, 8, 8, 3), np.zeros((1, 3), bool))
     with pytest.raises(ValueError, match=r"remat='full' must be one of \('none', 'dots', 'blocks'"):
         make(remat="full").apply(params, make_images(1, 8, 8, 3))
     with pytest.raises(ValueError, match=r"layer_scale_init=0 must be above 0"):

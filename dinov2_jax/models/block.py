@@ -1,0 +1,99 @@
+"""One layer of the transformer, made to be scanned over depth.
+
+In and out: token arrays of several image sizes, so that each layer's parameters are fetched once.
+Behaviour follows dinov2/layers/block.py (Apache-2.0).
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dinov2_jax.models.attention import Attention
+from dinov2_jax.models.drop_path import DropPath, add_residual
+from dinov2_jax.models.layers import (
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    SwiGLU,
+    ffn_hidden_dim,
+    shard_rows,
+)
+
+REMATS = ("none", "dots", "blocks")
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward network, each a scaled residual of normalised tokens.
+
+    Attributes:
+      num_heads: attention heads.
+      ffn: "mlp" or "swiglu".
+      mlp_ratio: hidden width over embedding width, before SwiGLU's two thirds.
+      layer_scale_init: initial `gamma`.
+      dtype: compute type.
+      attention: implementation, see `attend`.
+    """
+
+    num_heads: int
+    ffn: str = "mlp"
+    mlp_ratio: float = 4.0
+    layer_scale_init: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+    attention: str = "xla"
+
+    @nn.compact
+    def __call__(self, carry, slot: jax.Array | None, drop_path: DropPath | None):
+        """One layer, as `nn.scan` wants it.
+
+        Args:
+          carry: `(xs, collected)`: a tuple of tokens `[b, n, d]`, one per image size, and one of
+            buffers for them, `[slots, b, n, d]`, or None.
+          slot: where in the buffers this layer's output goes; None without buffers.
+          drop_path: stochastic depth, or None.
+
+        Returns:
+          The new carry, and None.
+        """
+        xs, collected = carry
+        norm1 = LayerNorm(dtype=self.dtype, name="norm1")
+        attn = Attention(self.num_heads, self.attention, self.dtype, name="attn")
+        ls1 = LayerScale(self.layer_scale_init, name="ls1")
+        norm2 = LayerNorm(dtype=self.dtype, name="norm2")
+        hidden_dim = ffn_hidden_dim(xs[0].shape[-1], self.mlp_ratio, self.ffn)
+        mlp = {"mlp": Mlp, "swiglu": SwiGLU}[self.ffn](hidden_dim, self.dtype, name="mlp")
+        ls2 = LayerScale(self.layer_scale_init, name="ls2")
+
+        def make_key():
+            return self.make_rng("drop_path")
+
+        # Each branch of each array draws its own images.
+        for branch in (lambda x: ls1(attn(norm1(x))), lambda x: ls2(mlp(norm2(x)))):
+            xs = tuple(
+                shard_rows(add_residual(x, branch, drop_path=drop_path, make_key=make_key))
+                for x in xs
+            )
+        if slot is not None:
+            collected = tuple(
+                jax.lax.dynamic_update_index_in_dim(buffer, x, slot, axis=0)
+                for buffer, x in zip(collected, xs, strict=True)
+            )
+        return (xs, collected), None
+
+
+def remat_block(remat: str) -> type[Block]:
+    """`Block`, with the backward pass recomputing what `remat` says."""
+    if remat == "none":
+        return Block
+    policies = jax.checkpoint_policies
+    if remat == "dots":
+        # The products with weights and the attention's result; its n x n matrices are not kept.
+        policy = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names("attention"),
+        )
+    elif remat == "blocks":
+        policy = policies.nothing_saveable
+    else:
+        raise ValueError(f"{remat=} must be one of {REMATS}; choose one of them")
+    # The scan keeps XLA from merging the recomputation with the forward pass.
+    return nn.remat(Block, prevent_cse=False, static_argnums=(3,), policy=policy)
