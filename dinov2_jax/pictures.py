@@ -127,8 +127,8 @@ def pca_sheet(
     names: Sequence[str],
     patches: Mapping[str, np.ndarray],
     *,
-    photos_per_row: int = 4,
     tile_px: int = _TILE_PX,
+    width_px: int = 1320,
 ) -> Image.Image:
     """Draws each photo beside its patch features, whose first three principal components are RGB.
 
@@ -137,8 +137,8 @@ def pca_sheet(
       names: of the photos.
       patches: features `[photos, n, d]` by a title such as "trained" or "before training": a
         column each. The photos' patches are those of a square grid.
-      photos_per_row: of the sheet.
       tile_px: width of a photo.
+      width_px: of the sheet, about; it sets how many photos stand in a row.
 
     Returns:
       An RGB image.
@@ -154,6 +154,7 @@ def pca_sheet(
             grid = rearrange(of_photos[i], "(h w) c -> h w c", h=math.isqrt(of_photos.shape[1]))
             tiles.append(_zoomed(grid, tile_px, Image.Resampling.NEAREST))
         cells.append(_named(_beside(tiles, _GAP_PX), name))
+    photos_per_row = max(1, width_px // (cells[0].width + _MARGIN_PX))
     rows = [cells[i : i + photos_per_row] for i in range(0, len(cells), photos_per_row)]
     body = _below([_beside(row, _MARGIN_PX) for row in rows], 2 * _GAP_PX)
     titles = ["photo", *patches]

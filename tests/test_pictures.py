@@ -156,9 +156,9 @@ def test_pca_sheet_has_a_photo_and_a_column_for_each_title():
     photos = [np.full((8, 8, 1), 60 * i, np.uint8) for i in range(3)]
     names = ["short", "a name far too long for two columns of pictures " * 2, "c"]
     columns = {"trained": features, "before": features[:, ::-1]}
-    sheet = np.asarray(
-        pictures.pca_sheet(photos, names, columns, photos_per_row=2, tile_px=40)
-    ).astype(int)
+    sheet = np.asarray(pictures.pca_sheet(photos, names, columns, tile_px=40, width_px=300)).astype(
+        int
+    )
     cell = 3 * 40 + 2 * GAP
     assert sheet.shape[1] == 2 * MARGIN + 2 * cell + MARGIN
     second_photo = sheet[TOP : TOP + 40, MARGIN + cell + MARGIN :][:, :40]

@@ -62,14 +62,9 @@ class FeatureExtractor:
                 cls = output.cls.astype(jnp.float32)
                 return cls, output.patches.astype(jnp.float32).mean(axis=1)
 
-        def patches(params, images: jax.Array) -> tuple[jax.Array, ...]:
-            output = apply(params, normalize(images, mean=mean, std=std))
-            return (output.patches.astype(jnp.float32),)
-
         # Replicated results can be read on every host.
         placement = {} if mesh is None else {"out_shardings": replicated}
         self._features = jax.jit(features, **placement)
-        self._patches = jax.jit(patches, **placement)
 
     def __call__(self, params: Any, images: Iterable[np.ndarray]) -> Features:
         """Features of the images.
@@ -85,26 +80,18 @@ class FeatureExtractor:
         Raises:
           ValueError: there is no image.
         """
-        return Features(*self._over_batches(self._features, params, images))
-
-    def patches(self, params: Any, images: Iterable[np.ndarray]) -> np.ndarray:
-        """Patch tokens of the images, float32 `[images, n, d]`; arguments as of the call."""
-        (patches,) = self._over_batches(self._patches, params, images)
-        return patches
-
-    def _over_batches(self, function: Callable, params: Any, images: Iterable[np.ndarray]):
         images = iter(images)
         results = []
         while batch := list(itertools.islice(images, self.batch_size)):
             padding = [np.zeros_like(batch[0])] * (self.batch_size - len(batch))
-            found = function(params, self._to_device(np.stack(batch + padding)))
+            found = self._features(params, self._to_device(np.stack(batch + padding)))
             results.append((found, len(batch)))
             if len(results) > 1:  # waits for the last but one: decoding and computing overlap
                 results[-2] = _to_host(*results[-2])
         if not results:
             raise ValueError("there must be at least one image to compute features of")
         results[-1] = _to_host(*results[-1])
-        return [np.concatenate(rows) for rows in zip(*results, strict=True)]
+        return Features(*(np.concatenate(rows) for rows in zip(*results, strict=True)))
 
     def _to_device(self, batch: np.ndarray) -> jax.Array:
         if self._sharding is None:

@@ -233,6 +233,10 @@ def test_crops_differ_and_bank_and_queries_see_their_own_side():
     assert all((image == 0).all() for image, _ in evaluation.queries)
     crops = {image.tobytes() for image, _ in evaluation.bank}
     assert len(crops) == 30
+    # Were the two sides' draws the same, each query would find its twin by crop and colours.
+    twins = identity(photos(0), photos(0))
+    assert crops.isdisjoint(image.tobytes() for image, _ in twins.queries)
+    assert crops == {image.tobytes() for image, _ in twins.bank}
 
 
 def test_crops_have_the_local_scale_flips_and_jitter():
