@@ -133,6 +133,15 @@ def test_pca_colors_are_the_three_strongest_directions():
         assert colors[..., i].min() == 0 and colors[..., i].max() == 255
 
 
+def test_pca_signs_are_fixed():
+    """Along axes, each colour must rise with its feature: an eigenvector may come negated."""
+    _, scores = planted_features()
+    for axes in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        colors = pictures.pca_colors(scores[..., axes])
+        for i in range(3):
+            assert np.corrcoef(colors[..., i].ravel(), scores[..., i].ravel())[0, 1] > 0.98
+
+
 def test_pca_is_of_all_photos_together():
     features, _ = planted_features()
     features[2, 3] = features[0, 9]
