@@ -19,7 +19,7 @@ AT_LOG_K = 0.005
 # Log lines that must agree before anything is said, and whose median is a start.
 WINDOW = 5
 # A signal has fallen when it is below this share of its start.
-FALLEN = {"feature_std": 0.25, "feature_rank": 0.25, "knn": 0.8}
+FALLEN = {"feature_std": 0.25, "feature_rank": 0.25, "knn": 0.5}
 SIGNALS = ("feature_std", "feature_rank")
 LOSS_TERMS = ("dino_global_loss", "dino_local_loss", "ibot_loss", "koleo_loss")
 
@@ -57,8 +57,8 @@ def watch_collapse(
 
     where the start is the median of the first `WINDOW` lines of the run or after the warm-up,
     whichever is larger, and for the kNN its first value after the warm-up. Sitting at ln K means
-    nothing by itself: small runs do so for hundreds of steps while their kNN rises. So features
-    that have fallen are forgiven as long as the last two evaluations show a kNN that holds.
+    nothing by itself: with LayerScale 1e-5 a healthy small run does so for hundreds of steps,
+    while its features spread and its kNN rises.
 
     Args:
       state: of `new_collapse_state`, or returned for the line before.
@@ -104,7 +104,7 @@ def watch_collapse(
 
 
 def _fallen(state: Mapping[str, Any], now: Mapping[str, float]) -> list[str]:
-    """What has fallen, in words; nothing if the kNN holds."""
+    """What has fallen, in words."""
     start, last = state["knn_start"], state["knn_last"]
     if start is not None and last < FALLEN["knn"] * start:
         return [f"the kNN has fallen from {start:.1%} to {last:.1%}"]

@@ -47,7 +47,12 @@ class Rhythm:
     profile: tuple[int, int] | None = None
 
     def is_due(self, name: str, step: int) -> bool:
-        """Whether something happens after `step` updates; everything does after the last."""
+        """Whether something happens after `step` updates.
+
+        Everything does after the last, and before the first an evaluation, nothing else.
+        """
+        if step == 0:
+            return name == "evaluate"
         interval = getattr(self, name)
         return step == self.total or bool(interval and step % interval == 0)
 
@@ -237,14 +242,14 @@ class Loop:
         step, rhythm = self.step, self.rhythm
         due = [name for name in ("evaluate", "teacher", "checkpoint") if rhythm.is_due(name, step)]
         # A run that was stopped right after its checkpoint owes the evaluation of that step.
-        if not due or self.books["evaluated_step"] == step:
+        if self.evaluate is None or self.books["evaluated_step"] == step:
             due = [name for name in due if name != "evaluate"]
         if not due:
             return
         self._settle(0)
-        if "evaluate" in due and self.evaluate is not None:
+        if "evaluate" in due:
             self._evaluate()
-        if "teacher" in due and step > 0:
+        if "teacher" in due:
             self.write_teacher()
         if "checkpoint" in due and step < rhythm.total:
             self.save()

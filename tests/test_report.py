@@ -1,0 +1,93 @@
+"""The start-up table and the last words: right numbers, honest comparisons."""
+
+import jax.numpy as jnp
+import pytest
+
+from dinov2_jax import report
+from dinov2_jax.checkpoints import abstract_like
+from dinov2_jax.sharding import make_mesh, tree_sharding
+from dinov2_jax.train_state import TrainState
+
+
+def test_the_table_counts_parameters_bytes_and_images():
+    mesh = make_mesh(data=2, fsdp=4)
+    params = {"backbone": {"w": jnp.zeros((1000, 500))}, "dino_head": {"w": jnp.zeros((250, 10))}}
+    scalar = jnp.zeros((), jnp.int32)
+    state = TrainState(scalar, params, params, {"mu": params, "nu": params}, {}, scalar)
+    state = abstract_like(state, tree_sharding(state, mesh, min_size_to_shard_mb=0.1))
+    table = report.start_table(
+        config_path="configs/a.py",
+        workdir="runs/a",
+        mesh=mesh,
+        state=state,
+        dtype="float32",
+        global_batch_size=64,
+        group_size=4,
+        learning_rate="0.1 as configured",
+        activation_bytes=3_000_000_000,
+        epochs=1.5,
+        total_steps=1000,
+    )
+    assert "data 2 x fsdp 4 x model 1, of 8 x cpu" in table
+    assert "backbone 0.5 M, dino_head 0.0025 M" in table
+    assert "64 images in 16 groups of 4; 8 images a device" in table
+    # Four copies; the large matrix is cut over fsdp = 4, the small one replicated.
+    assert f"state {report.megabytes(4 * 4 * (500_000 / 4 + 2_500) + 8)}" in table
+    assert "about 3 GB" in table and "1,000, 1.5 passes" in table
+
+
+def test_activations_grow_with_what_they_depend_on():
+    settings = dict(
+        images=8,
+        global_tokens=257,
+        local_tokens=50,
+        num_local_crops=8,
+        embed_dim=384,
+        depth=12,
+        num_heads=6,
+        mlp_ratio=4.0,
+        itemsize=4,
+        kept_share=1.0,
+        remat="none",
+        num_prototypes=(65_536, 65_536),
+        masked_tokens=38,
+    )
+    whole = report.estimate_activation_bytes(**settings)
+    # A step of this size was measured to need 2.7 GB with K = 1,024 on a CPU.
+    small_heads = {"num_prototypes": (1_024, 1_024)}
+    assert 1.5e9 < report.estimate_activation_bytes(**settings | small_heads) < 4e9
+    for change in (
+        {"images": 4},
+        {"depth": 6},
+        {"itemsize": 2},
+        {"kept_share": 0.6},
+        {"remat": "blocks"},
+        {"num_local_crops": 0},
+        {"num_prototypes": (0, 65_536)},
+    ):
+        assert report.estimate_activation_bytes(**settings | change) < whole, change
+
+
+def test_the_last_words_say_where_the_network_stands():
+    metrics = {
+        "knn/photos/cls": 0.5,
+        "knn/photos/random_init_cls": 0.3,
+        "knn/photos/raw_pixels": 0.5,
+        "knn/photos/color_stats": 0.6,
+        "knn/photos/chance": 0.05,
+    }
+    standing, where = report.last_words(
+        workdir="runs/q", metrics=metrics, name="photos", is_own_data=False
+    )
+    assert standing == (
+        "kNN photos: 50.0%, above its random initialisation (30.0%), not above raw pixels "
+        "(50.0%), not above six colour statistics (60.0%), above chance (5.0%)"
+    )
+    assert "runs/q" in where and "--config.data.path=/your/images" in where
+    (where,) = report.last_words(workdir="runs/q", metrics={}, name="x", is_own_data=True)
+    assert "/your/images" not in where
+
+
+@pytest.mark.parametrize(("num_bytes", "text"), [(12_345_678, "12.3 MB"), (3.4e9, "3.4 GB")])
+def test_bytes_in_words(num_bytes, text):
+    assert report.megabytes(num_bytes) == text

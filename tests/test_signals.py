@@ -1,0 +1,41 @@
+"""Signals: the first is noted, the second ends the process at once."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from dinov2_jax.config import REPOSITORY
+from dinov2_jax.signals import HANDLED, StopSignals
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_first_is_noted_and_the_handlers_come_back(number, code):
+    before = [signal.getsignal(handled) for handled in HANDLED]
+    with StopSignals() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), number)
+        assert stop.received == number and stop.exit_code == code
+    assert [signal.getsignal(handled) for handled in HANDLED] == before
+
+
+def test_the_second_ends_the_process_at_once():
+    program = (
+        "import os, signal\n"
+        "from dinov2_jax.signals import StopSignals\n"
+        "with StopSignals() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print(stop.received, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('not reached', flush=True)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (143, "15\n")
+    assert "SIGTERM: saving" in result.stderr
