@@ -31,7 +31,7 @@ _COMPRESSED = (
     (b"(\xb5/\xfd", "zstd"),
 )
 _REGULAR, _LONG_NAME, _PAX = b"0\x007", b"L", b"x"
-_LABEL_SUFFIXES = (".cls", ".json")
+_LABEL_EXTENSIONS = ("cls", "json")
 
 
 class Member(NamedTuple):
@@ -99,7 +99,7 @@ class _Index:
 def members(tar: mmap.mmap) -> Iterator[Member]:
     """Regular files of a tar file in its memory map: ustar, GNU and pax names.
 
-    Ten times as quick as `tarfile`, for which a million members take a minute.
+    Five times as quick as `tarfile`, for which a million members take a minute.
 
     Raises:
       ValueError: a damaged or cut-off header; the members before it have been given.
@@ -172,13 +172,13 @@ def _index_members(number: int, shard: str, tar: mmap.mmap, index: _Index, rejec
             elif file_name.lower().endswith(IMAGE_SUFFIXES):
                 reason = "truncated" if not is_complete else "not an image"
                 rejected.append((f"{shard}/{member.name}", reason if member.size else "zero bytes"))
+            elif extension.lower() in _LABEL_EXTENSIONS and is_complete:
+                has_label_files = True
+                text = _label_text(extension.lower(), tar[member.offset : end])
+                if text is not None and (extension.lower() == "cls" or key not in labels):
+                    labels[key] = text
             else:
                 index.num_other_files += 1
-                if f".{extension.lower()}" in _LABEL_SUFFIXES and is_complete:
-                    has_label_files = True
-                    text = _label_text(extension.lower(), tar[member.offset : end])
-                    if text is not None and (extension.lower() == "cls" or key not in labels):
-                        labels[key] = text
     except ValueError as error:
         rejected.append((shard, str(error)))
     seen = set()

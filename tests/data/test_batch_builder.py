@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dinov2_jax.data.mixture import Mixture
+from dinov2_jax.data.order import Order
 from dinov2_jax.data.records import DataError
 from dinov2_jax.data.sources import open_source
 from tests.data.conftest import encode, make_image
@@ -13,7 +14,7 @@ from tests.data.small_batches import Arrays, assert_same, read_batches, records_
 
 
 def test_bad_records_are_replaced_and_named():
-    bad = {3, 17, 41}
+    bad, order = {3, 17, 41}, Order((50,), seed=0)
     good = read_batches(Arrays(), total_steps=20)
     seen = set()
     for batch, expected in zip(read_batches(Arrays(bad=bad), total_steps=20), good, strict=True):
@@ -21,7 +22,9 @@ def test_bad_records_are_replaced_and_named():
         is_bad = np.isin(meant, list(bad))
         np.testing.assert_array_equal(batch.bad_record, np.where(is_bad, meant, -1))
         np.testing.assert_array_equal(records[~is_bad], meant[~is_bad])
-        assert not np.isin(records, list(bad)).any()
+        for index, record in zip(batch.index[is_bad].tolist(), records[is_bad], strict=True):
+            tries = (order.replacement(index, attempt) for attempt in range(10))
+            assert record == next(i for i in tries if i not in bad)
         # All but the pixels is as if nothing had happened.
         np.testing.assert_array_equal(batch.global_augment, expected.global_augment)
         np.testing.assert_array_equal(batch.masks, expected.masks)

@@ -40,7 +40,7 @@ class _SameNumbers:
         items[:] = [items[i] for i in self._rng.permutation(len(items))]
 
 
-def _reference_batch(rows, cols, num_images, numbers, monkeypatch, ratios=(0.1, 0.5), prob=0.5):
+def _reference_batch(rows, cols, num_images, numbers, monkeypatch, ratios=(0.1, 0.5)):
     torch = require("torch")
     blocks, collate = _reference_file("masking"), _reference_file("collate")
     for module in (blocks, collate):
@@ -53,7 +53,7 @@ def _reference_batch(rows, cols, num_images, numbers, monkeypatch, ratios=(0.1, 
     batch = collate.collate_data_and_cast(
         [sample] * num_images,
         ratios,
-        prob,
+        0.5,
         torch.float32,
         n_tokens=rows * cols,
         mask_generator=generator,
@@ -63,13 +63,27 @@ def _reference_batch(rows, cols, num_images, numbers, monkeypatch, ratios=(0.1, 
 
 @pytest.mark.parity
 @pytest.mark.parametrize(
-    "rows, cols, num_images", [(16, 16, 16), (14, 14, 12), (7, 5, 5), (12, 20, 4), (37, 37, 2)]
+    "rows, cols, num_images, ratios",
+    [
+        (16, 16, 16, (0.1, 0.5)),
+        (14, 14, 12, (0.1, 0.5)),
+        (37, 37, 2, (0.1, 0.5)),
+        (7, 5, 5, (0.1, 0.5)),
+        (12, 20, 4, (0.1, 0.5)),
+        (9, 9, 6, (0.6, 0.9)),  # where the limit on a block's size binds
+    ],
 )
-def test_the_same_numbers_give_the_references_masks(rows, cols, num_images, monkeypatch):
+def test_the_same_numbers_give_the_references_masks(rows, cols, num_images, ratios, monkeypatch):
     for seed in range(3):
         numbers = _SameNumbers(np.random.default_rng(seed))
-        expected = _reference_batch(rows, cols, num_images, numbers, monkeypatch)
-        sampler = BlockMasks(rows=rows, cols=cols, num_crops=2 * num_images)
+        expected = _reference_batch(rows, cols, num_images, numbers, monkeypatch, ratios)
+        sampler = BlockMasks(
+            rows=rows,
+            cols=cols,
+            num_crops=2 * num_images,
+            mask_ratio_min=ratios[0],
+            mask_ratio_max=ratios[1],
+        )
         masks, indices, weights = sampler(np.random.default_rng(seed))
         np.testing.assert_array_equal(masks, expected["collated_masks"])
         num = int(expected["n_masked_patches"].item())

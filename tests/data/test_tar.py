@@ -109,6 +109,7 @@ def test_webdataset_groups(tmp_path):
         assert [source[i].label for i in range(3)] == [1, 0, 1]
         assert [source[i].image for i in range(3)] == IMAGES[:3]
         assert "tar (2 shards)" in source.describe()
+        assert source.num_other_files == 2  # the second image and the caption
 
 
 def test_dots_in_names_make_no_groups_without_label_files(tmp_path):
