@@ -4,8 +4,10 @@ Images come as stored, so that decoding happens in the pipeline like that of all
 Both libraries are optional (the extra `data`) and imported only when a path asks for them.
 """
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -36,14 +38,15 @@ class HuggingFaceSource(Source):
         name, _, split = path.rpartition(":")
         if not name or not split:
             raise DataError(f"{self.path} must name a split: hf:owner/name:train")
-        if os.path.isdir(name):
-            loaded = datasets.load_from_disk(name)
-            rows = loaded[split] if isinstance(loaded, dict) else loaded
-        else:
-            owner_and_name, config = name, None
-            if name.count("/") == 2:
-                owner_and_name, config = name.rsplit("/", 1)
-            rows = datasets.load_dataset(owner_and_name, config, split=split)
+        with _library_errors(self.path):
+            if os.path.isdir(name):
+                loaded = datasets.load_from_disk(name)
+                rows = loaded[split] if isinstance(loaded, dict) else loaded
+            else:
+                owner_and_name, config = name, None
+                if name.count("/") == 2:
+                    owner_and_name, config = name.rsplit("/", 1)
+                rows = datasets.load_dataset(owner_and_name, config, split=split)
         images = [k for k, v in rows.features.items() if isinstance(v, datasets.Image)]
         labels = [k for k, v in rows.features.items() if isinstance(v, datasets.ClassLabel)]
         if not images:
@@ -91,18 +94,20 @@ class TfdsSource(Source):
         match = _TFDS_PATH.fullmatch(path)
         if match is None:
             raise DataError(f"{self.path} must name a split: tfds:name:train")
-        features = tfds.builder(match["name"]).info.features
+        with _library_errors(self.path):
+            features = tfds.builder(match["name"]).info.features
         images = [k for k, v in features.items() if isinstance(v, tfds.features.Image)]
         labels = [k for k, v in features.items() if isinstance(v, tfds.features.ClassLabel)]
         if not images:
             raise DataError(f"{self.path} has no image feature, only {sorted(features)}")
         self._image, self._label = images[0], labels[0] if labels else None
         self.label_names = tuple(features[self._label].names) if labels else ()
-        self._rows = tfds.data_source(
-            match["name"],
-            split=match["split"],
-            decoders={self._image: tfds.decode.SkipDecoding()},
-        )
+        with _library_errors(self.path):
+            self._rows = tfds.data_source(
+                match["name"],
+                split=match["split"],
+                decoders={self._image: tfds.decode.SkipDecoding()},
+            )
         require_images(self, cure="choose a split that has rows")
 
     def __len__(self) -> int:
@@ -119,6 +124,16 @@ class TfdsSource(Source):
 
     def name(self, index: int) -> str:
         return f"{self.path}[{index}]"
+
+
+@contextlib.contextmanager
+def _library_errors(path: str) -> Iterator[None]:
+    """Turns whatever a library raises (no network, no such name or split) into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path} cannot be opened: {reason[:300]}") from error
 
 
 def _read_file(path: str | None) -> bytes:

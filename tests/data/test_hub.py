@@ -111,6 +111,13 @@ def test_hugging_face_errors(asked, monkeypatch):
     with pytest.raises(DataError, match=r"no image column, only \['text'\]"):
         open_source("hf:imdb:train")
 
+    def unreachable(*_, split):
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", unreachable)
+    with pytest.raises(DataError, match="hf:imdb:train cannot be opened: no network"):
+        open_source("hf:imdb:train")
+
 
 @pytest.mark.parametrize(
     "path, package", [("hf:cifar10:train", "datasets"), ("tfds:mnist:train", "tensorflow_datasets")]
@@ -157,3 +164,5 @@ def test_tfds_needs_a_split(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", types.SimpleNamespace())
     with pytest.raises(DataError, match="must name a split"):
         open_source("tfds:mnist")
+    with pytest.raises(DataError, match="tfds:mnist:train cannot be opened"):
+        open_source("tfds:mnist:train")  # a package without the function we call
