@@ -16,15 +16,15 @@ def softmax_center(logits: Array, center: Array, temp: ArrayLike) -> Array:
     """Teacher targets by centering and sharpening: softmax((logits - center) / temp).
 
     Args:
-        logits: teacher logits `[..., k]`.
-        center: running mean of teacher logits `[k]`, of the steps before this one.
-        temp: teacher temperature, > 0.
+      logits: teacher logits `[..., k]`.
+      center: running mean of teacher logits `[k]`, of the steps before this one.
+      temp: teacher temperature, > 0.
 
     Returns:
-        Probabilities `[..., k]`, float32; rows sum to 1.
+      Probabilities `[..., k]`, float32; rows sum to 1.
 
     References:
-        Caron et al. 2021, arXiv 2104.14294, section 3.1; dinov2/loss/dino_clstoken_loss.py.
+      Caron et al. 2021, arXiv 2104.14294, section 3.1; dinov2/loss/dino_clstoken_loss.py.
     """
     return jax.nn.softmax((logits.astype(jnp.float32) - center) / temp, axis=-1)
 
@@ -40,14 +40,14 @@ def update_center(
     step on.
 
     Args:
-        center: `[k]`.
-        logits: teacher logits `[n, k]` of the whole batch.
-        momentum: in [0, 1]; 0.9 in the reference.
-        row_weights: `[n]`, >= 0; 0 for padding. None: all 1. The reference's iBOT center is the
-            mean over GPUs of each GPU's mean: that is 1 / (real rows of the group) here.
+      center: `[k]`.
+      logits: teacher logits `[n, k]` of the whole batch.
+      momentum: in [0, 1]; 0.9 in the reference.
+      row_weights: `[n]`, >= 0; 0 for padding. None: all 1. The reference's iBOT center is the
+        mean over GPUs of each GPU's mean: that is 1 / (real rows of the group) here.
 
     Returns:
-        The new center `[k]`, float32; the old one if no row has weight.
+      The new center `[k]`, float32; the old one if no row has weight.
     """
     logits = logits.astype(jnp.float32)
     if row_weights is None:
@@ -83,19 +83,19 @@ def sinkhorn_knopp(
     would give other targets: the first sum is over rows.)
 
     Args:
-        logits: teacher logits `[n, k]` of the whole batch: of all devices.
-        temp: teacher temperature, > 0.
-        row_weights: `[n]`, 1 for real rows and 0 for padding. None: all real.
-        num_iters: >= 1; 3 in the reference.
+      logits: teacher logits `[n, k]` of the whole batch: of all devices.
+      temp: teacher temperature, > 0.
+      row_weights: `[n]`, 1 for real rows and 0 for padding. None: all real.
+      num_iters: >= 1; 3 in the reference.
 
     Returns:
-        Probabilities `[n, k]`, float32; real rows sum to 1, padding rows are 0.
+      Probabilities `[n, k]`, float32; real rows sum to 1, padding rows are 0.
 
     Raises:
-        ValueError: if num_iters < 1.
+      ValueError: if num_iters < 1.
 
     References:
-        Caron et al. 2020, arXiv 2006.09882, section 3.1; dinov2/loss/dino_clstoken_loss.py.
+      Caron et al. 2020, arXiv 2006.09882, section 3.1; dinov2/loss/dino_clstoken_loss.py.
     """
     if num_iters < 1:
         raise ValueError(f"{num_iters=} must be at least 1; use 3 as the reference does")

@@ -20,13 +20,13 @@ def cross_entropy(logits: Array, targets: Array, temp: ArrayLike) -> Array:
     logits again: half the temporary memory, in the same time.
 
     Args:
-        logits: student logits `[..., k]`; any float type, computed in float32.
-        targets: `[..., k]`, >= 0, broadcast against logits; rows may sum to any number. Constants:
-            they receive no gradient, and neither does temp.
-        temp: student temperature, > 0.
+      logits: student logits `[..., k]`; any float type, computed in float32.
+      targets: `[..., k]`, >= 0, broadcast against logits; rows may sum to any number. Constants:
+        they receive no gradient, and neither does temp.
+      temp: student temperature, > 0.
 
     Returns:
-        `[...]`, float32.
+      `[...]`, float32.
     """
     return _forward(logits, targets, temp)[0]
 

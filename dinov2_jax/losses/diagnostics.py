@@ -16,11 +16,11 @@ def target_metrics(dino_probs: Array | None, cls: Array) -> dict[str, Array]:
     """What is worth watching about the teacher.
 
     Args:
-        dino_probs: DINO targets `[..., k]`, no padding; None without a DINO loss.
-        cls: CLS features before the head `[..., d]`.
+      dino_probs: DINO targets `[..., k]`, no padding; None without a DINO loss.
+      cls: CLS features before the head `[..., d]`.
 
     Returns:
-        feature_std and feature_rank, and with targets teacher_entropy and prototypes_in_use.
+      feature_std and feature_rank, and with targets teacher_entropy and prototypes_in_use.
     """
     features = cls.reshape(-1, cls.shape[-1])
     metrics = {"feature_std": feature_std(features), "feature_rank": feature_rank(features)}
@@ -43,13 +43,13 @@ def dino_ce_over_log_k(
     """Mean cross-entropy of a (student crop, teacher crop) pair, over ln K.
 
     Args:
-        dino_local_loss, dino_global_loss: as `losses.dino` returns them, scales included.
-        num_local_crops, num_global_crops: what the losses saw.
-        num_terms: the divisor they were given.
-        num_prototypes: K; 1 gives 0.
+      dino_local_loss, dino_global_loss: as `losses.dino` returns them, scales included.
+      num_local_crops, num_global_crops: what the losses saw.
+      num_terms: the divisor they were given.
+      num_prototypes: K; 1 gives 0.
 
     Returns:
-        A scalar, about 1 at initialisation.
+      A scalar, about 1 at initialisation.
     """
     num_pairs = num_global_crops * (num_local_crops + num_global_crops - 1)
     total = (dino_local_loss + dino_global_loss) * (num_terms / num_pairs)
@@ -62,13 +62,13 @@ def ibot_ce_over_log_k(
     """Mean cross-entropy of a masked patch, over ln K; crops that are not masked do not count.
 
     Args:
-        ibot_loss: as `losses.ibot` returns it.
-        mask_weights: those it was given; they sum to the number of masked crops.
-        num_crops: the divisor it was given.
-        num_prototypes: K; 1 gives 0.
+      ibot_loss: as `losses.ibot` returns it.
+      mask_weights: those it was given; they sum to the number of masked crops.
+      num_crops: the divisor it was given.
+      num_prototypes: K; 1 gives 0.
 
     Returns:
-        A scalar, about 1 at initialisation; 0 without masked patches.
+      A scalar, about 1 at initialisation; 0 without masked patches.
     """
     num_masked_crops = mask_weights.sum()
     mean = ibot_loss * num_crops / jnp.where(num_masked_crops > 0, num_masked_crops, 1.0)
@@ -105,11 +105,11 @@ def prototypes_in_use(probs: Array, *, row_weights: Array | None = None) -> Arra
     At most n / K for n rows: compare it with itself over time, not between batch sizes.
 
     Args:
-        probs: teacher targets (or logits) `[n, k]`.
-        row_weights: `[n]`, 0 for padding. None: all rows.
+      probs: teacher targets (or logits) `[n, k]`.
+      row_weights: `[n]`, 0 for padding. None: all rows.
 
     Returns:
-        A scalar in [0, 1].
+      A scalar in [0, 1].
     """
     num_rows, num_prototypes = probs.shape
     is_real = jnp.ones(num_rows, bool) if row_weights is None else row_weights > 0
@@ -124,10 +124,10 @@ def feature_std(features: Array) -> Array:
     sqrt(d).
 
     Args:
-        features: `[n, d]`, n >= 1.
+      features: `[n, d]`, n >= 1.
 
     Returns:
-        A scalar in [0, 1].
+      A scalar in [0, 1].
     """
     features = features.astype(jnp.float32)
     length = jnp.linalg.norm(features, axis=-1, keepdims=True)
@@ -141,10 +141,10 @@ def feature_rank(features: Array) -> Array:
     C is the covariance over rows. Between 1 and min(n - 1, d); 0 if all rows coincide.
 
     Args:
-        features: `[n, d]`.
+      features: `[n, d]`.
 
     Returns:
-        A scalar.
+      A scalar.
     """
     features = features.astype(jnp.float32)
     centred = features - features.mean(axis=0)

@@ -33,16 +33,16 @@ def dino_local_loss(
     The cross-entropy is linear in its target, so the targets are summed over t first.
 
     Args:
-        student_logits: `[..., l, b, k]`; l may be 0. Leading axes (groups) are averaged over.
-        teacher_probs: `[..., g, b, k]`.
-        student_temp: 0.1 in the reference.
-        num_terms: from `num_loss_terms`.
+      student_logits: `[..., l, b, k]`; l may be 0. Leading axes (groups) are averaged over.
+      teacher_probs: `[..., g, b, k]`.
+      student_temp: 0.1 in the reference.
+      num_terms: from `num_loss_terms`.
 
     Returns:
-        A float32 scalar; 0 without local crops.
+      A float32 scalar; 0 without local crops.
 
     References:
-        DINOv2, arXiv 2304.07193, section 4; dinov2/train/ssl_meta_arch.py lines 281-293.
+      DINOv2, arXiv 2304.07193, section 4; dinov2/train/ssl_meta_arch.py lines 281-293.
     """
     num_local_crops = student_logits.shape[-3]
     if num_local_crops == 0:
@@ -63,16 +63,16 @@ def dino_global_loss(
                     loss += mean_b(CE(teacher_probs[t, b], student_logits[s, b])) / num_terms
 
     Args:
-        student_logits: `[..., g, b, k]`, of the masked crops. Leading axes are averaged over.
-        teacher_probs: `[..., g, b, k]`, same order of crops (not swapped).
-        student_temp: 0.1 in the reference.
-        num_terms: from `num_loss_terms`.
+      student_logits: `[..., g, b, k]`, of the masked crops. Leading axes are averaged over.
+      teacher_probs: `[..., g, b, k]`, same order of crops (not swapped).
+      student_temp: 0.1 in the reference.
+      num_terms: from `num_loss_terms`.
 
     Returns:
-        A float32 scalar.
+      A float32 scalar.
 
     References:
-        dinov2/train/ssl_meta_arch.py lines 164-167 (the swap) and 295-312 (the scale 2 / terms).
+      dinov2/train/ssl_meta_arch.py lines 164-167 (the swap) and 295-312 (the scale 2 / terms).
     """
     num_global_crops = student_logits.shape[-3]
     teacher_probs = teacher_probs.astype(jnp.float32)

@@ -28,17 +28,17 @@ def ibot_loss(
     reference multiplies by 2 * 1/2; its log shows half of this value.
 
     Args:
-        student_logits: `[..., m, k]`.
-        teacher_probs: `[..., m, k]`; any finite value in padding rows.
-        mask_weights: `[..., m]`, 1 / (masked patches of the row's crop), 0 for padding.
-        student_temp: 0.1 in the reference.
-        num_crops: global crops in the whole batch, masked or not: 2 * global batch size.
+      student_logits: `[..., m, k]`.
+      teacher_probs: `[..., m, k]`; any finite value in padding rows.
+      mask_weights: `[..., m]`, 1 / (masked patches of the row's crop), 0 for padding.
+      student_temp: 0.1 in the reference.
+      num_crops: global crops in the whole batch, masked or not: 2 * global batch size.
 
     Returns:
-        A float32 scalar; 0 without masked patches.
+      A float32 scalar; 0 without masked patches.
 
     References:
-        dinov2/loss/ibot_patch_loss.py `forward_masked`; dinov2/train/ssl_meta_arch.py 325-343.
+      dinov2/loss/ibot_patch_loss.py `forward_masked`; dinov2/train/ssl_meta_arch.py 325-343.
     """
     per_patch = cross_entropy(student_logits, teacher_probs, student_temp)  # [..., m]
     return (mask_weights * per_patch).sum() / num_crops

@@ -25,16 +25,16 @@ def koleo_loss(features: Array, *, eps: float = 1e-8) -> Array:
     Gradients flow into both features of a pair, not through the choice of the neighbour.
 
     Args:
-        features: `[g, s, q, d]`: crops, groups, images of a group; neighbours are searched within
-            one crop of one group.
-        eps: as in the reference, added to the difference and to the distance.
+      features: `[g, s, q, d]`: crops, groups, images of a group; neighbours are searched within
+        one crop of one group.
+      eps: as in the reference, added to the difference and to the distance.
 
     Returns:
-        A float32 scalar; 0 for groups of 1 image.
+      A float32 scalar; 0 for groups of 1 image.
 
     References:
-        Sablayrolles et al. 2019, arXiv 1806.03198, section 3; dinov2/loss/koleo_loss.py; the sum
-        over crops: dinov2/train/ssl_meta_arch.py lines 316-320.
+      Sablayrolles et al. 2019, arXiv 1806.03198, section 3; dinov2/loss/koleo_loss.py; the sum
+      over crops: dinov2/train/ssl_meta_arch.py lines 316-320.
     """
     num_crops, _, group_size, _ = features.shape
     if group_size == 1:

@@ -34,14 +34,14 @@ def make_optimizer(
     A frozen parameter (lr 0) neither moves nor decays; its moments do accumulate, as in torch.
 
     Args:
-        b1, b2, eps: Adam's; 0.9, 0.999 and 1e-8 in the reference.
-        clip_norm: largest L2 norm of the gradient of each module, i.e. of each top-level entry of
-            the params (backbone, dino_head, ibot_head); 0: no clipping.
-        lr_multipliers, wd_multipliers, is_last_layer: trees of `parameter_groups`.
+      b1, b2, eps: Adam's; 0.9, 0.999 and 1e-8 in the reference.
+      clip_norm: largest L2 norm of the gradient of each module, i.e. of each top-level entry of
+        the params (backbone, dino_head, ibot_head); 0: no clipping.
+      lr_multipliers, wd_multipliers, is_last_layer: trees of `parameter_groups`.
 
     Returns:
-        An optax transformation. `update` wants `params` and the keyword `hyperparameters`; its
-        state is `optax.ScaleByAdamState`.
+      An optax transformation. `update` wants `params` and the keyword `hyperparameters`; its
+      state is `optax.ScaleByAdamState`.
     """
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 

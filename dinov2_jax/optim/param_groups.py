@@ -38,13 +38,13 @@ def parameter_groups(
         is_last_layer = the name contains "last_layer"
 
     Args:
-        params: nested dict of arrays or of `jax.ShapeDtypeStruct`; blocks are stacked `[L, ...]`
-            under `backbone/blocks`.
-        layerwise_lr_decay: 1.0: none.
-        patch_embed_lr_multiplier: 0.2 in the reference.
+      params: nested dict of arrays or of `jax.ShapeDtypeStruct`; blocks are stacked `[L, ...]`
+        under `backbone/blocks`.
+      layerwise_lr_decay: 1.0: none.
+      patch_embed_lr_multiplier: 0.2 in the reference.
 
     Returns:
-        The three trees, plain numbers and numpy.
+      The three trees, plain numbers and numpy.
     """
     depth = _depth(params)
 

@@ -42,17 +42,17 @@ def warmup_cosine(
     The peak is reached at step W - 1 and held for one more step, as in the reference.
 
     Args:
-        step: updates done, >= 0.
-        start, peak, end: values before, between and after the two pieces.
-        warmup_steps: W, from 0 to T.
-        total_steps: T.
-        freeze_steps: first steps at 0.
+      step: updates done, >= 0.
+      start, peak, end: values before, between and after the two pieces.
+      warmup_steps: W, from 0 to T.
+      total_steps: T.
+      freeze_steps: first steps at 0.
 
     Returns:
-        The value, float64.
+      The value, float64.
 
     Raises:
-        ValueError: for a negative step, or a warm-up longer than the whole.
+      ValueError: for a negative step, or a warm-up longer than the whole.
     """
     if step < 0:
         raise ValueError(f"{step=} must be at least 0; count updates done")
@@ -79,14 +79,14 @@ class Schedules:
     """All five schedules of a run.
 
     Attributes:
-        total_steps: updates of the whole run.
-        warmup_steps: of the learning rate, from 0.
-        learning_rate: its peak, after the batch-size rule.
-        min_learning_rate: its value at the end.
-        freeze_last_layer_steps: first updates in which the prototypes do not move.
-        weight_decay_start, weight_decay_end: ends of a cosine.
-        teacher_momentum_start, teacher_momentum_end: ends of a cosine.
-        teacher_temp_start, teacher_temp: a line over teacher_temp_warmup_steps, then constant.
+      total_steps: updates of the whole run.
+      warmup_steps: of the learning rate, from 0.
+      learning_rate: its peak, after the batch-size rule.
+      min_learning_rate: its value at the end.
+      freeze_last_layer_steps: first updates in which the prototypes do not move.
+      weight_decay_start, weight_decay_end: ends of a cosine.
+      teacher_momentum_start, teacher_momentum_end: ends of a cosine.
+      teacher_temp_start, teacher_temp: a line over teacher_temp_warmup_steps, then constant.
     """
 
     total_steps: int
@@ -144,16 +144,16 @@ def scaled_learning_rate(base: float, *, global_batch_size: int, rule: str) -> f
     """The peak learning rate for a batch size.
 
     Args:
-        base: `optim.base_learning_rate`.
-        global_batch_size: images a step.
-        rule: "sqrt_1024": base * sqrt(global_batch_size / 1024), as dinov2/utils/config.py does;
-            "none": base.
+      base: `optim.base_learning_rate`.
+      global_batch_size: images a step.
+      rule: "sqrt_1024": base * sqrt(global_batch_size / 1024), as dinov2/utils/config.py does;
+        "none": base.
 
     Returns:
-        The peak learning rate.
+      The peak learning rate.
 
     Raises:
-        ValueError: for another rule.
+      ValueError: for another rule.
     """
     if rule == "sqrt_1024":
         return base * math.sqrt(global_batch_size / 1024.0)

@@ -53,6 +53,8 @@ SHORT = {
     "none": dict(total=30, warmup=0, freeze=0, temp_warmup=0),
     "one": dict(total=30, warmup=1, freeze=1, temp_warmup=1),
     "two": dict(total=30, warmup=2, freeze=2, temp_warmup=2),
+    # 11 * (3.3e-3 / 11) is not 3.3e-3: the end of the warm-up must not be computed.
+    "rounding": dict(total=30, warmup=12, freeze=3, temp_warmup=11),
     "all": dict(total=30, warmup=30, freeze=30, temp_warmup=30),
     "freeze beyond the end": dict(total=5, warmup=2, freeze=9, temp_warmup=50),
 }

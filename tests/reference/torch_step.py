@@ -25,12 +25,12 @@ class TorchStep:
     """Student, teacher, centers and optimizer of the reference.
 
     Attributes:
-        backbone, dino_head, ibot_head: arguments of the package's modules; ibot_head None ties.
-        centering: "sinkhorn_knopp" or "centering", the reference's words.
-        num_local_crops: per image.
-        koleo_weight: of the total; DINO and iBOT weigh 1.
-        clip_norm: of each module.
-        layerwise_decay, patch_embed_lr_mult: of the parameter groups.
+      backbone, dino_head, ibot_head: arguments of the package's modules; ibot_head None ties.
+      centering: "sinkhorn_knopp" or "centering", the reference's words.
+      num_local_crops: per image.
+      koleo_weight: of the total; DINO and iBOT weigh 1.
+      clip_norm: of each module.
+      layerwise_decay, patch_embed_lr_mult: of the parameter groups.
     """
 
     backbone: dict
