@@ -22,39 +22,12 @@ from dinov2_jax.feed import Feed
 from dinov2_jax.metrics import MetricsWriter
 from dinov2_jax.optim.schedules import Hyperparameters, Schedules
 from dinov2_jax.progress import Display
+from dinov2_jax.rhythm import Rhythm
 from dinov2_jax.signals import StopSignals
 from dinov2_jax.train_state import TrainState
 from dinov2_jax.workdir import BadImages
 
 TEACHER_FILE = "teacher.safetensors"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rhythm:
-    """How often things happen, in steps; 0: after the last step only.
-
-    Attributes:
-      total: steps of the run.
-      log, checkpoint, evaluate, teacher: intervals.
-      profile: steps done before the first and after the last traced step, or None.
-    """
-
-    total: int
-    log: int
-    checkpoint: int
-    evaluate: int
-    teacher: int
-    profile: tuple[int, int] | None = None
-
-    def is_due(self, name: str, step: int) -> bool:
-        """Whether something happens after `step` updates.
-
-        Everything does after the last, and before the first an evaluation, nothing else.
-        """
-        if step == 0:
-            return name == "evaluate"
-        interval = getattr(self, name)
-        return step == self.total or bool(interval and step % interval == 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,6 +112,7 @@ class Loop:
         self.bad_images.records = set(self.books["bad_records"])
         if self.books["best"]:
             self.checkpoints.keep.best_step = self.books["best"]["step"]
+        self._is_tracing = False
         self._restart_clock()
 
     def run(self) -> bool:
@@ -151,10 +125,12 @@ class Loop:
         while self.stop.received is None:
             self._between_steps()
             if self.step == self.rhythm.total:
+                self._stop_trace()
                 return True
             if self.stop.received is None:
                 self._one_step()
         self._settle(0)
+        self._stop_trace()
         return False
 
     def save(self) -> None:
@@ -165,9 +141,7 @@ class Loop:
 
     def _one_step(self) -> None:
         """Dispatches a step, sends the next batch after it, then looks at the step before."""
-        profile = self.rhythm.profile
-        if profile and self.step == profile[0]:
-            jax.profiler.start_trace(str(self.workdir / "profile"))
+        self._trace()
         fed = self.feed.take()
         hyper = self.schedules.at(self.step)
         with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
@@ -176,13 +150,31 @@ class Loop:
         index, bad_record = fed.host.index, fed.host.bad_record
         self._pending.append(_Dispatched(self.step, metrics, hyper, index, bad_record))
         if self.step < self.rhythm.total:
-            self.feed.peek()
+            try:
+                self.feed.peek()
+            except Exception:
+                # A signal to the whole process group (Ctrl-C) ends the data workers as well.
+                if self.stop.received is None:
+                    raise
         # One step stays in flight, so that the device never waits for the books.
         self._settle(1)
         self.display.advance(self.step)
-        if profile and self.step == profile[1]:
+
+    def _trace(self) -> None:
+        """Starts or stops the profiler where the rhythm says so."""
+        first, last = self.rhythm.profile or (-1, -1)
+        if self.step == first:
+            self._settle(0)
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+            self._is_tracing = True
+        elif self.step >= last:
+            self._stop_trace()
+
+    def _stop_trace(self) -> None:
+        if self._is_tracing:
             self._settle(0)
             jax.profiler.stop_trace()
+            self._is_tracing = False
 
     def _settle(self, in_flight: int) -> None:
         """Enters all but the newest steps into the books, in order."""

@@ -51,8 +51,8 @@ def start_table(
         "compute type": dtype,
         "parameters": parameter_line(state.student),
         "steps": f"{total_steps:,}, {epochs:.4g} passes over the data",
-        "batch": f"{global_batch_size} images in {global_batch_size // group_size} groups of "
-        f"{group_size}; {global_batch_size // shards} images a device",
+        "batch": f"{global_batch_size} images, {global_batch_size // group_size} x {group_size} "
+        f"in groups; {global_batch_size // shards} images a device",
         "learning rate": learning_rate,
         "memory a device": f"state {megabytes(state_bytes)}, gradients {megabytes(grad_bytes)}, "
         f"activations about {megabytes(activation_bytes)} (estimates)",

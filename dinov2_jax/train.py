@@ -24,8 +24,9 @@ from dinov2_jax.config_rules import ConfigError
 from dinov2_jax.data.records import DataError
 from dinov2_jax.feed import Feed
 from dinov2_jax.guards import StopRun
-from dinov2_jax.loop import Limits, Loop, Rhythm, new_books
+from dinov2_jax.loop import Limits, Loop, new_books
 from dinov2_jax.progress import Display, format_secs
+from dinov2_jax.rhythm import Rhythm
 from dinov2_jax.signals import StopSignals
 from dinov2_jax.workdir import (
     CONFIG_FILE,

@@ -30,7 +30,7 @@ def test_the_table_counts_parameters_bytes_and_images():
     )
     assert "data 2 x fsdp 4 x model 1, of 8 x cpu" in table
     assert "backbone 0.5 M, dino_head 0.0025 M" in table
-    assert "64 images in 16 groups of 4; 8 images a device" in table
+    assert "64 images, 16 x 4 in groups; 8 images a device" in table
     # Four copies; the large matrix is cut over fsdp = 4, the small one replicated.
     assert f"state {report.megabytes(4 * 4 * (500_000 / 4 + 2_500) + 8)}" in table
     assert "about 3 GB" in table and "1,000, 1.5 passes" in table
