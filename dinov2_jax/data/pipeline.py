@@ -7,7 +7,10 @@ the first. A whole batch is one element of the Grain data set, so workers cannot
 
 import gc
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -57,7 +60,7 @@ class Batches(Iterator[Batch]):
                     num_workers=num_workers,
                     per_worker_buffer_size=max(1, prefetch_batches // num_workers),
                 ),
-                worker_init_fn=_keep_off_accelerators,
+                worker_init_fn=_start_worker,
             )
             # Shared memory is scarce and its arrays outlive the interpreter badly: copy them out,
             # in a thread of their own.
@@ -176,8 +179,19 @@ def _copy_batch(batch: Batch) -> Batch:
     return Batch(*(np.array(array) for array in batch))
 
 
-def _keep_off_accelerators(worker_index: int, num_workers: int) -> None:
-    """Confines jax, which Grain and the main module may have imported in a worker, to the CPU."""
+def _start_worker(worker_index: int, num_workers: int) -> None:
+    """Runs first in every worker process."""
+    # Grain and the main module may have imported jax here: it must not take an accelerator.
     os.environ["JAX_PLATFORMS"] = "cpu"
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_platforms", "cpu")
+    # Ctrl-C reaches the whole process group; it is for the main process to end its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ends this process once its parent is gone: a killed run must not leave workers behind."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)

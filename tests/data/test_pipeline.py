@@ -2,8 +2,11 @@
 
 import multiprocessing
 import os
+import pathlib
 import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -185,3 +188,42 @@ def test_other_failures_of_a_source_are_raised():
 
     with pytest.raises(KeyError, match="a bug"):
         read_batches(Broken())
+
+
+ORPHAN = """
+import multiprocessing, os, signal
+from tests.data.small_batches import Arrays, make_small_batches
+
+if __name__ == "__main__":
+    with make_small_batches(Arrays(), num_workers=1) as batches:
+        next(batches)
+        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_of_a_killed_run_end_by_themselves(tmp_path):
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    process = subprocess.Popen(
+        [sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    # The workers hold the pipe too: read the line only.
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    assert process.wait() == -signal.SIGKILL and workers
+    deadline = time.monotonic() + 30
+    while any(_is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.stdout.close()
+
+
+def _is_running(pid: int) -> bool:
+    """Whether a process exists and is no zombie, which nobody may be there to collect."""
+    try:
+        os.kill(pid, 0)
+        status = pathlib.Path(f"/proc/{pid}/stat")
+        return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
