@@ -85,6 +85,8 @@ def open_batches(config, source: Source, *, start_step: int) -> Batches:
         num_workers=config.loader.num_workers,
         num_threads=config.loader.num_threads,
         prefetch_batches=config.loader.prefetch_batches,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
 
 
