@@ -8,7 +8,9 @@ never reached is removed at the next start.
 import contextlib
 import copy
 import dataclasses
+import errno
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,8 +59,9 @@ class Checkpoints:
           directory: local or remote (anything epath opens).
           keep: which steps stay; asked after every save.
         """
-        # Orbax reports every phase of every save at the level of warnings and below.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax logs every phase of every save, and each error once more with its traceback; all
+        # errors are raised by `save`, `wait` or leaving the context.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = epath.Path(directory)
         self.keep = keep
         self._manager = self._open()
@@ -94,9 +97,13 @@ class Checkpoints:
           step: updates done.
           state: a pytree of arrays.
           host: what JSON can hold.
+
+        Raises:
+          OSError: there is less space than the state takes (ENOSPC).
         """
         if step in self._manager.all_steps():
             return
+        self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -107,6 +114,16 @@ class Checkpoints:
             ),
             force=True,
         )
+
+    def _check_space(self, num_bytes: int) -> None:
+        """Fails before anything is half written: the writers' threads would fail one by one."""
+        if "://" in str(self.directory):
+            return
+        free = shutil.disk_usage(self.directory).free
+        if free < num_bytes:
+            raise OSError(
+                errno.ENOSPC, f"No space left: {free:,} bytes for a checkpoint of {num_bytes:,}"
+            )
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk; raises what went wrong."""

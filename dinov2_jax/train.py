@@ -104,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_disk_full(error):
             raise
         return _fail(
-            f"no space left for --workdir={workdir} ({error}); free some and run the same command "
-            "again: it goes on from the last checkpoint, which is whole",
+            f"no space left for --workdir={workdir}; free some and run the same command again: "
+            "what was saved is whole, and the run goes on from its last checkpoint",
             STOPPED,
         )
 

@@ -1,5 +1,6 @@
 """Checkpoints: exact, kept by policy, onto any mesh, and whole whenever the process dies."""
 
+import errno
 import os
 import shutil
 import signal
@@ -88,6 +89,21 @@ def test_host_books_are_copied_at_the_save(tmp_path):
         host["bad"].append(2)
         checkpoints.wait()
         assert checkpoints.restore_latest(_abstract(), warn=_fail)[2] == {"bad": [1]}
+
+
+def test_too_little_space_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, KeepPolicy(last=2)) as checkpoints:
+        checkpoints.save(1, _state(1), {})
+        checkpoints.wait()
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(_state(1)))
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size - 1))
+        with pytest.raises(OSError, match="No space left") as caught:
+            checkpoints.save(2, _state(2), {})
+        assert caught.value.errno == errno.ENOSPC
+        assert checkpoints.steps() == [1] and not list(tmp_path.glob("*tmp*"))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
+        checkpoints.save(2, _state(2), {})
 
 
 def test_restores_onto_another_mesh(tmp_path):
