@@ -64,6 +64,11 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="resume although keys that change results differ",
     )
+
+    def refuse(message: str):
+        raise ConfigError(f"{message}; see python -m dinov2_jax.train --help")
+
+    parser.error = refuse  # one line, like every other error
     flags, rest = parser.parse_known_args(argv)
     flags.overrides = []
     rest = list(rest)

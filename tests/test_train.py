@@ -376,6 +376,9 @@ def test_an_unknown_flag_suggests_the_nearest(capsys):
     assert "did you mean --workdir?" in capsys.readouterr().err
     assert train.main(["--config=x.py", "--config.total_steps"]) == 2
     assert "needs a value" in capsys.readouterr().err
+    assert train.main([]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--config" in error and "--help" in error
 
 
 def test_dry_run_prints_the_table_and_writes_nothing(tmp_path, capsys):
