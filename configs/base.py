@@ -76,7 +76,8 @@ def get_config() -> ConfigDict:
     config.model.drop_path_rate = 0.4  # uniform over depth
     config.model.drop_path_mode = "subset"  # subset (the reference's, saves compute) | bernoulli
     # Resizing the position table: "offset" (bicubic, scale offset 0.1: the reference's backbones
-    # without registers, and its training) | "antialias" (those with registers).
+    # without registers, and its training) | "antialias" (those with registers) | "plain" (those of
+    # transformers without registers: no offset).
     config.model.interpolation = "offset"
 
     config.masks = ConfigDict()

@@ -11,7 +11,7 @@ CHOICES = {
     "model.variant": ("vit_small", "vit_base", "vit_large", "vit_giant2", "custom"),
     "model.ffn": ("mlp", "swiglu"),
     "model.drop_path_mode": ("subset", "bernoulli"),
-    "model.interpolation": ("offset", "antialias"),
+    "model.interpolation": ("offset", "plain", "antialias"),
     "koleo.koleo_crops": ("both", "first"),
     "centering.kind": ("sinkhorn_knopp", "softmax_center"),
     "optim.learning_rate_scaling": ("sqrt_1024", "none"),

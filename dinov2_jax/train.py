@@ -21,6 +21,7 @@ from dinov2_jax import inputs, report, startup
 from dinov2_jax import metrics as metrics_lib
 from dinov2_jax.checkpoints import Checkpoints, KeepPolicy
 from dinov2_jax.config_rules import ConfigError
+from dinov2_jax.convert.spec import METADATA_KEY, SPEC_FILE, ModelSpec
 from dinov2_jax.data.records import DataError
 from dinov2_jax.feed import Feed
 from dinov2_jax.guards import StopRun
@@ -160,6 +161,14 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, stop: StopSign
         if evaluation is not None:
             print(evaluation.describe())
         write_whole(workdir / CONFIG_FILE, config_lib.to_json(config))
+        spec = ModelSpec.from_module(
+            trainer.network.backbone,
+            mean=tuple(config.augment.mean),
+            std=tuple(config.augment.std),
+            resize_size_px=config.eval.resize_size_px,
+            crop_size_px=config.eval.crop_size_px,
+        )
+        write_whole(workdir / SPEC_FILE, spec.to_json())
         environment = metrics_lib.describe_environment(
             list(mesh.devices.flat), repository=config_lib.REPOSITORY
         )
@@ -206,7 +215,10 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, stop: StopSign
             evaluate=inputs.evaluate_with_baselines(evaluation),
             best_metric=f"knn/{inputs.evaluation_name(config)}/cls",
             keep_best=config.checkpoints.keep_best,
-            teacher_metadata={"config": json.dumps(config.to_dict())},
+            teacher_metadata={
+                "config": json.dumps(config.to_dict()),
+                METADATA_KEY: spec.to_json(),
+            },
             stop=stop,
         )
         del state, restored  # the loop donates the state

@@ -1,6 +1,6 @@
 """The workdir: opened for one run at a time, its configuration guarded, its small files written.
 
-Files: config.json, metrics.jsonl, environment.json, checkpoints/, teacher.safetensors,
+Files: config.json, model.json, metrics.jsonl, environment.json, checkpoints/, teacher.safetensors,
 bad_images.txt, nonfinite/, crops.png, pca.png, tensorboard/, profile/.
 """
 

@@ -14,7 +14,10 @@ from PIL import Image
 
 from dinov2_jax import config as config_lib
 from dinov2_jax import inputs, train
+from dinov2_jax.convert import ModelSpec, read_model
 from dinov2_jax.convert.safetensors_file import read_safetensors
+from dinov2_jax.convert.spec import METADATA_KEY
+from dinov2_jax.convert.state_dict import to_reference
 from dinov2_jax.metrics import MetricsWriter, read_metrics
 from tests.small_run import arguments, repeatable, run, start, written_config
 
@@ -86,6 +89,15 @@ def test_a_run_leaves_a_workdir_that_explains_itself_and_no_key_is_unread(
     assert metadata["step"] == "12" and json.loads(metadata["config"])["total_steps"] == 12
     assert weights["backbone.blocks.1.attn.qkv.weight"].shape == (48, 16)
     assert weights["ibot_head.last_layer.weight_v"].shape == (16, 8)
+
+    # The run says what it trained: the newest checkpoint and the file are the same model.
+    spec, params = read_model(tmp_path, with_heads=True)
+    assert (spec.num_heads, spec.crop_size_px, spec.embed_dim) == (2, 16, 16)
+    assert ModelSpec.from_json(metadata[METADATA_KEY]) == spec
+    named = to_reference(params)
+    assert named.keys() == weights.keys()
+    for name, array in named.items():
+        np.testing.assert_array_equal(array, weights[name], err_msg=name)
 
     # Keys that only other recipes read.
     config = Tracked(load(*_quickstart(eval__kind="knn", data__path="photos:")), read)

@@ -79,4 +79,15 @@ HEAD = (
     Rule("last_layer.weight_v", "last_layer/weight_v"),
 )
 
-MODULES = {"backbone": BACKBONE, "dino_head": HEAD, "ibot_head": HEAD}
+# A classifier on the class token and the mean patch; its name is that of dinov2/hub/classifiers.py.
+LINEAR_HEAD = (
+    Rule("weight", "kernel", LINEAR),
+    Rule("bias", "bias"),
+)
+
+MODULES = {
+    "backbone": BACKBONE,
+    "dino_head": HEAD,
+    "ibot_head": HEAD,
+    "linear_head": LINEAR_HEAD,
+}

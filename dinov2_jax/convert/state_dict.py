@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from einops import EinopsError, rearrange
 
+from dinov2_jax.convert import lazy
 from dinov2_jax.convert.rules import MODULES, Rule
 
 # The reference's training checkpoints say `blocks.{chunk}.{i}`, i counted over all chunks (its
@@ -27,14 +28,20 @@ class ConversionError(ValueError):
         super().__init__("\n  ".join([f"{what}: {len(problems)} problem(s)", *problems]))
 
 
-def from_reference(flat: Mapping[str, np.ndarray], *, template: Mapping | None = None) -> dict:
+def from_reference(
+    flat: Mapping[str, lazy.Arrays],
+    *,
+    template: Mapping | None = None,
+    problems: Iterable[str] = (),
+) -> dict:
     """Makes our tree from a state dict of the reference.
 
     Args:
-      flat: name -> array. Either the names of a bare backbone, or names with the prefixes
-        "backbone.", "dino_head." and "ibot_head." (any of them). Block names may be chunked.
+      flat: name -> array. Either the names of a bare backbone, or names with the prefixes of
+        `MODULES` ("backbone.", "dino_head.", ..; any of them). Block names may be chunked.
       template: tree whose paths and shapes the result must have; its leaves need only a `shape`.
         Without it, each module found must be complete.
+      problems: what the caller found already, for the same error.
 
     Returns:
       The nested parameters of a backbone, or of {"backbone": .., "dino_head": .., ..}; types and
@@ -43,13 +50,30 @@ def from_reference(flat: Mapping[str, np.ndarray], *, template: Mapping | None =
     Raises:
       ConversionError: lists every name and shape that does not fit.
     """
-    problems = [] if flat else ["it is empty"]
-    is_bare = not any(name.startswith(tuple(f"{m}." for m in MODULES)) for name in flat)
+    return load(lazy_from_reference(flat, template=template, problems=problems))
+
+
+def load(tree):
+    """Reads every leaf of a tree of lazy arrays."""
+    if isinstance(tree, Mapping):
+        return {name: load(branch) for name, branch in tree.items()}
+    return np.asarray(tree)
+
+
+def lazy_from_reference(
+    flat: Mapping[str, lazy.Arrays],
+    *,
+    template: Mapping | None = None,
+    problems: Iterable[str] = (),
+) -> dict:
+    """`from_reference` that checks everything and reads nothing: leaves are `LazyArray`s."""
+    problems = [*problems, *([] if flat else ["it is empty"])]
+    is_bare = is_bare_backbone(flat)
     modules = defaultdict(dict)
     for full_name, array in flat.items():
         module, _, name = ("backbone", "", full_name) if is_bare else full_name.partition(".")
         if module in MODULES:
-            modules[module][name] = np.asarray(array)
+            modules[module][name] = array
         else:
             problems.append(f"{full_name} has no rule")
     paths = {}
@@ -58,10 +82,20 @@ def from_reference(flat: Mapping[str, np.ndarray], *, template: Mapping | None =
         found = _module_from_reference(named, MODULES[module], prefix, problems)
         paths |= {prefix.replace(".", "/") + path: array for path, array in found.items()}
     if template is not None:
-        problems += _mismatches(paths, _flatten(template))
+        problems += _mismatches(paths, _flatten(template), unless=_needed(modules, is_bare))
     if problems:
         raise ConversionError("cannot read this state dict", problems)
     return _nest(paths)
+
+
+def is_bare_backbone(flat: Iterable[str]) -> bool:
+    """Whether names are those of a backbone alone, without prefixes."""
+    return not any(name.startswith(tuple(f"{module}." for module in MODULES)) for name in flat)
+
+
+def flatten_chunks(name: str) -> str:
+    """A backbone's name, without prefix, with the chunk of its block left out."""
+    return CHUNK.sub("blocks.", name)
 
 
 def to_reference(params: Mapping) -> dict[str, np.ndarray]:
@@ -98,7 +132,7 @@ def _module_from_reference(named, rules, prefix, problems) -> dict[str, np.ndarr
     """`{name: array}` of one module to `{path: array}`."""
     parts = defaultdict(dict)  # (rule, number) -> {block: (name, array)}
     for name, array in named.items():
-        rule, block, number = _match(rules, "reference", CHUNK.sub("blocks.", name))
+        rule, block, number = _match(rules, "reference", flatten_chunks(name))
         if rule is None:
             problems.append(f"{prefix}{name} has no rule")
         elif block in parts[rule, number]:
@@ -110,23 +144,33 @@ def _module_from_reference(named, rules, prefix, problems) -> dict[str, np.ndarr
     depth = 1 + max((block for found in parts.values() for block in found), default=0)
     paths = {}
     for (rule, number), found in parts.items():
-        arrays = []
+        arrays, shapes = [], set()
         for block in range(depth if rule.is_stacked else 1):
             if block not in found:
                 problems.append(f"{prefix}{rule.reference.format(i=block)} is missing")
                 continue
             name, array = found[block]
             try:
-                arrays.append(_move(array, rule.layout))
+                # A view of one number shows the shape, without the array being read.
+                shapes.add(_move(np.broadcast_to(np.int8(0), array.shape), rule.layout).shape)
+                arrays.append(array)
             except EinopsError:
                 problems.append(f"{prefix}{name} has shape {array.shape}, not {rule.layout}")
-        shapes = {array.shape for array in arrays}
         if len(shapes) > 1:
             problems.append(f"{prefix}{rule.reference} has several shapes: {sorted(shapes)}")
         elif arrays:
-            path = rule.ours.format(j=number)
-            paths[path] = np.stack(arrays) if rule.is_stacked else arrays[0]
+            paths[rule.ours.format(j=number)] = _lazy_leaf(arrays, rule)
     return paths
+
+
+def _lazy_leaf(arrays: list[lazy.Arrays], rule: Rule) -> lazy.LazyArray:
+    def transform(array):
+        return _move(np.asarray(array), rule.layout)
+
+    stacked = lazy.stack(arrays, transform)
+    if rule.is_stacked:
+        return stacked
+    return lazy.LazyArray(stacked.shape[1:], stacked.dtype, lambda: transform(arrays[0]))
 
 
 def _module_to_reference(paths, rules, prefix, problems) -> dict[str, np.ndarray]:
@@ -187,11 +231,21 @@ def _missing(rules: Iterable[Rule], present: set[Rule], side: str, prefix: str) 
     return problems
 
 
-def _mismatches(paths: Mapping, template: Mapping) -> list[str]:
+def _needed(modules: Iterable[str], is_bare: bool) -> set[str]:
+    """Paths that every model has: where they are missing, `_missing` has said so."""
+    return {
+        ("" if is_bare else f"{module}/") + rule.ours
+        for module in modules
+        for rule in MODULES[module]
+        if not rule.option
+    }
+
+
+def _mismatches(paths: Mapping, template: Mapping, *, unless: set[str]) -> list[str]:
     problems = [f"{path} is not in the model" for path in paths if path not in template]
     for path, leaf in template.items():
         if path not in paths:
-            problems.append(f"{path} of the model has no source")
+            problems += [] if path in unless else [f"{path} of the model has no source"]
         elif tuple(leaf.shape) != paths[path].shape:
             problems.append(f"{path} has shape {paths[path].shape}, the model {tuple(leaf.shape)}")
     return problems

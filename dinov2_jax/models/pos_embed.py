@@ -1,4 +1,4 @@
-"""Resizing the table of position embeddings: both rules of the reference, exactly.
+"""Resizing the table of position embeddings: the reference's rules and others', exactly.
 
 In: the stored table, CLS first, learned on a grid of patches. Out: the table for another grid.
 Behaviour follows dinov2/models/vision_transformer.py (Apache-2.0), where PyTorch's bicubic
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-INTERPOLATIONS = ("offset", "antialias")
+INTERPOLATIONS = ("offset", "plain", "antialias")
 
 # Added to the new grid before the scale is taken, so that rounding cannot lose a patch
 # (github.com/facebookresearch/dino/issues/8). The released weights were trained with it.
@@ -31,8 +31,9 @@ def interpolate_pos_embed(
       stored_grid: rows and columns of the stored table, in patches.
       grid: rows and columns wanted, in patches. Equal to `stored_grid`: the table as it is.
       interpolation: "offset" (bicubic with a = -0.75, no antialiasing, scale taken from the grid
-        plus 0.1: backbones without registers) or "antialias" (bicubic with a = -0.5, antialiased
-        like Pillow's, no offset: backbones with registers).
+        plus 0.1: the reference's backbones without registers), "plain" (the same without the
+        0.1: those in transformers) or "antialias" (bicubic with a = -0.5, antialiased like
+        Pillow's: backbones with registers, and all of timm's).
 
     Returns:
       `[1, 1 + h * w, d]`, in the type of `pos_embed`; computed in float32.
@@ -67,14 +68,15 @@ def resize_matrix(size: int, new_size: int, interpolation: str) -> np.ndarray:
     Args:
       size: length of the stored axis.
       new_size: length of the new axis.
-      interpolation: "offset" or "antialias", see `interpolate_pos_embed`.
+      interpolation: "offset", "plain" or "antialias", see `interpolate_pos_embed`.
 
     Returns:
       float32 `[new_size, size]`; rows sum to 1.
     """
     positions = np.arange(new_size) + 0.5
-    if interpolation == "offset":
-        source = positions * size / (new_size + OFFSET) - 0.5
+    if interpolation in ("offset", "plain"):
+        offset = OFFSET if interpolation == "offset" else 0.0
+        source = positions * size / (new_size + offset) - 0.5
         taps = np.floor(source).astype(int)[:, None] + np.arange(-1, 3)  # [new_size, 4]
         weights = _cubic(source[:, None] - taps, a=-0.75)
         matrix = np.zeros((new_size, size))

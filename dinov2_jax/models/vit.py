@@ -49,7 +49,7 @@ class VisionTransformer(nn.Module):
       layer_scale_init: initial residual scale, above 0.
       num_register_tokens: `r`; they follow CLS and have no position.
       pos_embed_grid: rows and columns of the stored position table, in patches.
-      interpolation: "offset" or "antialias", see `interpolate_pos_embed`.
+      interpolation: "offset", "plain" or "antialias", see `interpolate_pos_embed`.
       in_channels: channels `c` of the images.
       drop_path_rate: stochastic depth in training, the same in every block.
       drop_path_mode: "subset" or "bernoulli", see `DropPath`.

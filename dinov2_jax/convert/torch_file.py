@@ -1,0 +1,141 @@
+"""PyTorch's own files: the only file that imports torch, which is an extra.
+
+A `.pth` may run code when it is read; `weights_only` refuses that. A file appears whole or not at
+all. In and out: flat dicts of arrays, as everywhere in this room.
+"""
+
+import collections
+import contextlib
+import io
+import os
+import pathlib
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+
+import ml_dtypes
+import numpy as np
+
+from dinov2_jax.convert.lazy import Arrays, LazyArray
+from dinov2_jax.convert.spec import METADATA_KEY
+
+
+def read_torch(path: str | os.PathLike) -> tuple[dict[str, LazyArray], dict[str, str]]:
+    """Reads `(name -> lazy array, metadata)` from a `.pth`, its numbers when they are used.
+
+    A dict that holds one of "teacher", "model" or "state_dict" is opened: a training checkpoint of
+    the reference, or a released task head.
+
+    Raises:
+      ValueError: the file is damaged, wants to run code, or holds something else than tensors.
+      ModuleNotFoundError: PyTorch is missing; its text says how to get it.
+    """
+    torch = _import_torch()
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # PyTorch does not look at the checksums
+            if damaged:
+                raise ValueError(f"{path} is damaged in {damaged}; fetch it again")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        if "Unsupported operand" in str(error) or "Unsupported global" in str(error):
+            raise ValueError(
+                f"{path} holds Python objects and not only tensors, and reading them could run "
+                "code: refused. Save its state dict alone where you trust it: "
+                "torch.save(model.state_dict(), ..)"
+            ) from error
+        raise ValueError(f"{path} must be a whole .pth file; fetch it again") from error
+    except (RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} must be a whole .pth file ({_line(error)}); fetch it again"
+        ) from error
+    for key in ("teacher", "model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold a dict of tensors, not a {type(content).__name__}")
+    strange = [name for name, tensor in content.items() if not isinstance(tensor, torch.Tensor)]
+    if strange:
+        raise ValueError(f"{path} must hold tensors only; {strange[:5]} are something else")
+    facts = getattr(content, "_metadata", None) or {}
+    text = facts.get(METADATA_KEY)
+    return (
+        {name: _lazy(torch, tensor) for name, tensor in content.items()},
+        {METADATA_KEY: text} if isinstance(text, str) else {},
+    )
+
+
+def write_torch(
+    path: str | os.PathLike,
+    flat: Mapping[str, Arrays],
+    metadata: Mapping[str, str],
+    *,
+    key: str | None = None,
+) -> None:
+    """Writes a state dict that `torch.load(weights_only=True)` and `load_state_dict` take.
+
+    Args:
+      path: the file; its folder must exist.
+      flat: name -> array.
+      metadata: facts, kept where PyTorch keeps module versions, which it does not look up.
+      key: put the state dict under this name of a dict; None: it is the file.
+
+    Raises:
+      OSError: the file cannot be written; `path` is then as it was.
+      ModuleNotFoundError: PyTorch is missing.
+    """
+    torch = _import_torch()
+    state = collections.OrderedDict()
+    for name, array in flat.items():
+        array = np.array(array, order="C")
+        is_bfloat16 = array.dtype == ml_dtypes.bfloat16
+        tensor = torch.from_numpy(array.view(np.int16) if is_bfloat16 else array)
+        state[name] = tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+    state._metadata = collections.OrderedDict({"": {"version": 1}, **metadata})
+    with _beside(pathlib.Path(path)) as written:
+        torch.save(state if key is None else {key: state}, written)
+
+
+@contextlib.contextmanager
+def _beside(path: pathlib.Path) -> Iterator[io.BufferedWriter]:
+    written = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(written, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(written, path)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer reports a full disk as RuntimeError
+        raise OSError(
+            f"cannot write {path}: {_line(error)}; free space or choose a folder"
+        ) from error
+    finally:
+        written.unlink(missing_ok=True)
+
+
+def _lazy(torch, tensor) -> LazyArray:
+    def load() -> np.ndarray:
+        if tensor.dtype == torch.bfloat16:
+            return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.detach().numpy()
+
+    empty = torch.empty(0, dtype=tensor.dtype)
+    is_bfloat16 = tensor.dtype == torch.bfloat16
+    dtype = np.dtype(ml_dtypes.bfloat16) if is_bfloat16 else empty.numpy().dtype
+    return LazyArray(tuple(tensor.shape), dtype, load)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _import_torch():
+    try:
+        import torch
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "PyTorch reads and writes .pth files, and is not installed; pip install torch"
+        ) from error
+    return torch
