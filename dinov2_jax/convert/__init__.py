@@ -8,5 +8,6 @@ Rules are tables (`rules`, `huggingface`, `timm`), the engine is `state_dict`. N
 from dinov2_jax.convert.read import read_model
 from dinov2_jax.convert.spec import ModelSpec
 from dinov2_jax.convert.state_dict import ConversionError
+from dinov2_jax.convert.write import write_model
 
-__all__ = ["ConversionError", "ModelSpec", "read_model"]
+__all__ = ["ConversionError", "ModelSpec", "read_model", "write_model"]

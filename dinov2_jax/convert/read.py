@@ -36,6 +36,7 @@ class Source:
       spec: what it is.
       params: our tree, {"backbone": .., and any of "dino_head", "ibot_head", "linear_head"}, of
         lazy arrays.
+      flat: the same under the reference's names with prefixes, blocks not chunked.
       format: what was recognised, in words.
       notes: what the reader should know, a line each.
       metadata: the file's own facts, the model's record left out.
@@ -43,6 +44,7 @@ class Source:
 
     spec: ModelSpec
     params: dict[str, Any]
+    flat: dict[str, Arrays]
     format: str
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -179,8 +181,17 @@ def recognise(
             notes.append(f"the file does not say mean and std: {spec.mean}, {spec.std} are assumed")
     params = lazy_from_reference(flat, template=template, problems=problems)
     if spec is None:
-        raise ConversionError("cannot read this model", ["it has no backbone of blocks"])
-    return Source(spec, params, what, tuple(notes))
+        raise ConversionError(
+            "cannot read this model",
+            ["it has no backbone; the released task heads are read by read_task_head"],
+        )
+    flat = {
+        f"backbone.{flatten_chunks(name.removeprefix('backbone.'))}"
+        if name.startswith("backbone.")
+        else name: array
+        for name, array in flat.items()
+    }
+    return Source(spec, params, flat, what, tuple(notes))
 
 
 @dataclasses.dataclass(frozen=True)
