@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from dinov2_jax.convert import huggingface, orbax_dir, timm
 from dinov2_jax.convert.heads import head_shapes
@@ -23,6 +23,7 @@ from dinov2_jax.convert.state_dict import (
     is_bare_backbone,
     lazy_from_reference,
     load,
+    nest,
     to_reference,
 )
 from dinov2_jax.convert.torch_file import read_torch
@@ -173,10 +174,10 @@ def recognise(
         raise ConversionError("cannot read this model", [*problems, str(error)]) from error
     template = None
     if spec is not None:
-        template = {"backbone": _Shape.nest(spec.shapes())}
+        template = {"backbone": _template(spec.shapes())}
         for module, found in named.items():
             if module != "backbone" and found:
-                template[module] = _Shape.nest(head_shapes(module, found, spec.embed_dim))
+                template[module] = _template(head_shapes(module, found, spec.embed_dim))
         if known is None or "mean" not in known or known["mean"] is None:
             notes.append(f"the file does not say mean and std: {spec.mean}, {spec.std} are assumed")
     params = lazy_from_reference(flat, template=template, problems=problems)
@@ -194,22 +195,14 @@ def recognise(
     return Source(spec, params, flat, what, tuple(notes))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shape:
+class _Shape(NamedTuple):
     """A leaf of a template."""
 
     shape: tuple[int, ...]
 
-    @classmethod
-    def nest(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict:
-        tree = {}
-        for path, shape in shapes.items():
-            *parents, leaf = path.split("/")
-            branch = tree
-            for parent in parents:
-                branch = branch.setdefault(parent, {})
-            branch[leaf] = cls(shape)
-        return tree
+
+def _template(shapes: Mapping[str, tuple[int, ...]]) -> dict:
+    return nest({path: _Shape(shape) for path, shape in shapes.items()})
 
 
 def _read_folder(path: pathlib.Path) -> tuple[dict[str, Arrays], dict[str, str]]:

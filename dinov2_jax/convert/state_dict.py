@@ -79,13 +79,13 @@ def lazy_from_reference(
     paths = {}
     for module, named in modules.items():
         prefix = "" if is_bare else f"{module}."
-        found = _module_from_reference(named, MODULES[module], prefix, problems)
+        found = module_from_reference(named, MODULES[module], prefix, problems)
         paths |= {prefix.replace(".", "/") + path: array for path, array in found.items()}
     if template is not None:
-        problems += _mismatches(paths, _flatten(template), unless=_needed(modules, is_bare))
+        problems += mismatches(paths, flatten(template), unless=_needed(modules, is_bare))
     if problems:
         raise ConversionError("cannot read this state dict", problems)
-    return _nest(paths)
+    return nest(paths)
 
 
 def is_bare_backbone(flat: Iterable[str]) -> bool:
@@ -119,7 +119,7 @@ def to_reference(params: Mapping) -> dict[str, np.ndarray]:
         if module not in MODULES:
             problems.append(f"{module} has no rule")
             continue
-        paths = {path: np.asarray(leaf) for path, leaf in _flatten(tree).items()}
+        paths = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
         prefix = "" if is_bare else f"{module}/"
         named = _module_to_reference(paths, MODULES[module], prefix, problems)
         flat |= {prefix.replace("/", ".") + name: array for name, array in named.items()}
@@ -128,7 +128,7 @@ def to_reference(params: Mapping) -> dict[str, np.ndarray]:
     return flat
 
 
-def _module_from_reference(named, rules, prefix, problems) -> dict[str, np.ndarray]:
+def module_from_reference(named, rules, prefix, problems) -> dict[str, np.ndarray]:
     """`{name: array}` of one module to `{path: array}`."""
     parts = defaultdict(dict)  # (rule, number) -> {block: (name, array)}
     for name, array in named.items():
@@ -241,7 +241,7 @@ def _needed(modules: Iterable[str], is_bare: bool) -> set[str]:
     }
 
 
-def _mismatches(paths: Mapping, template: Mapping, *, unless: set[str]) -> list[str]:
+def mismatches(paths: Mapping, template: Mapping, *, unless: set[str]) -> list[str]:
     problems = [f"{path} is not in the model" for path in paths if path not in template]
     for path, leaf in template.items():
         if path not in paths:
@@ -258,15 +258,15 @@ def _move(array: np.ndarray, layout: str, *, inverse: bool = False) -> np.ndarra
     return rearrange(array, f"{target} -> {source}" if inverse else layout)
 
 
-def _flatten(tree: Mapping, path: str = "") -> dict:
+def flatten(tree: Mapping, path: str = "") -> dict:
     flat = {}
     for name, leaf in tree.items():
         is_branch = isinstance(leaf, Mapping)
-        flat |= _flatten(leaf, f"{path}{name}/") if is_branch else {path + name: leaf}
+        flat |= flatten(leaf, f"{path}{name}/") if is_branch else {path + name: leaf}
     return flat
 
 
-def _nest(paths: Mapping) -> dict:
+def nest(paths: Mapping) -> dict:
     tree = {}
     for path, leaf in paths.items():
         *parents, name = path.split("/")
