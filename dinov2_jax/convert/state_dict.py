@@ -176,7 +176,8 @@ def _lazy_leaf(arrays: list[lazy.Arrays], rule: Rule) -> lazy.LazyArray:
 def _module_to_reference(paths, rules, prefix, problems) -> dict[str, np.ndarray]:
     """`{path: array}` of one module to `{name: array}`, in the reference's order."""
     named, present, depths = [], set(), {}
-    first_numbered = min(place for place, rule in enumerate(rules) if "{" in rule.reference)
+    places = [place for place, rule in enumerate(rules) if "{" in rule.reference]
+    first_numbered = min(places, default=len(rules))
     for path, array in paths.items():
         rule, _, number = _match(rules, "ours", path)
         if rule is None:
