@@ -25,7 +25,7 @@ def get_config():
     config.data.path = "photos:left"
     config.crops.global_crop_size_px = 64
     config.crops.local_crop_size_px = 32
-    config.crops.num_local_crops = 6
+    config.crops.num_local_crops = 4
 
     config.model.variant = "custom"
     config.model.patch_size = 8
@@ -37,16 +37,19 @@ def get_config():
     config.model.drop_path_rate = 0.0
 
     for head in (config.dino, config.ibot):
-        head.num_prototypes = 512
+        head.num_prototypes = 256
         head.hidden_dim = 512
         head.bottleneck_dim = 128
 
-    config.centering.teacher_temp_warmup_steps = total_steps * 3 // 10
+    # Held where the paper's warm-up starts: rising to 0.07 cost 3 points of kNN after 300 steps.
+    config.centering.teacher_temp = 0.04
     config.teacher.momentum_start = 0.98
     config.optim.base_learning_rate = 1e-3
     config.optim.learning_rate_scaling = "none"
     config.optim.warmup_steps = total_steps * 1 // 10
     config.optim.freeze_last_layer_steps = total_steps * 1 // 50
+
+    config.remat = "dots"  # on CPU a little faster than keeping everything, at half the memory
 
     config.checkpoint_every_steps = 100
     config.eval_every_steps = 100
@@ -58,4 +61,5 @@ def get_config():
     config.eval.crop_size_px = 64
     config.eval.resize_size_px = 64
     config.eval.num_neighbors = 10
+    config.eval.crops_per_image = 30  # 570 queries: a standard error of 2 points
     return config
