@@ -10,6 +10,7 @@ import io
 import os
 import pathlib
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 
@@ -38,16 +39,24 @@ def read_torch(path: str | os.PathLike) -> tuple[dict[str, LazyArray], dict[str,
                 damaged = archive.testzip()  # PyTorch does not look at the checksums
             if damaged:
                 raise ValueError(f"{path} is damaged in {damaged}; fetch it again")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old files, which are read all the same
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        if "Unsupported operand" in str(error) or "Unsupported global" in str(error):
+        if "Unsupported global" in str(error):
             raise ValueError(
                 f"{path} holds Python objects and not only tensors, and reading them could run "
                 "code: refused. Save its state dict alone where you trust it: "
                 "torch.save(model.state_dict(), ..)"
             ) from error
-        raise ValueError(f"{path} must be a whole .pth file; fetch it again") from error
-    except (RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} must be a whole .pth file of tensors alone, nothing else is unpickled; fetch "
+            "it again"
+        ) from error
+    except PermissionError:
+        raise
+    # PyTorch looks for the end of a truncated archive before its beginning: an OSError.
+    except (OSError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} must be a whole .pth file ({_line(error)}); fetch it again"
         ) from error
