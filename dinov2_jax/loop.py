@@ -134,8 +134,7 @@ class Loop:
         return False
 
     def save(self) -> None:
-        """Starts to save a checkpoint of the steps done so far."""
-        self._settle(0)
+        """Starts to save a checkpoint of the steps done so far, all of which are in the books."""
         if self.step > 0:
             self.checkpoints.save(self.step, self.state, self.books)
 

@@ -140,6 +140,23 @@ def test_metrics_have_every_name_and_add_up(finished):
     assert logs[-1]["total_loss"] < logs[0]["total_loss"]
 
 
+def test_the_last_checkpoint_comes_last_and_no_picture_is_worth_a_run(
+    cache, tmp_path, monkeypatch, capsys
+):
+    saved = []
+
+    def draw(*_):
+        saved.extend(path.name for path in (tmp_path / "checkpoints").iterdir())
+        assert read_safetensors(tmp_path / "teacher.safetensors")[1]["step"] == "12"
+        raise RuntimeError("out of paint")
+
+    monkeypatch.setattr(inputs, "draw_patches", draw)
+    assert run(tmp_path, pictures="true") == 0
+    assert saved and not [name for name in saved if name.startswith("12")]
+    assert (tmp_path / "checkpoints" / "12").is_dir()
+    assert "warning: pca.png could not be drawn (out of paint)" in capsys.readouterr().out
+
+
 def test_a_finished_run_says_so(finished, capsys):
     before = (finished / "metrics.jsonl").read_bytes()
     assert run(finished) == 0
@@ -342,7 +359,7 @@ def _folder(path: pathlib.Path, *, good: int, bad: int) -> pathlib.Path:
     return path
 
 
-def test_bad_images_are_counted_and_named_once(cache, tmp_path, capsys):
+def test_bad_images_are_counted_and_named_once(cache, tmp_path, monkeypatch, capsys):
     folder = _folder(tmp_path / "images", good=10, bad=2)
     (folder / "empty.png").write_bytes(b"")
     own = dict(data__path=folder, eval__kind="none", data__max_bad_fraction=0.5)
@@ -354,6 +371,13 @@ def test_bad_images_are_counted_and_named_once(cache, tmp_path, capsys):
     assert len(named) == 3 and all("\t" in line for line in named)
     assert sum("bad0.png" in line for line in named) == 1
     assert "12 images" in capsys.readouterr().out.splitlines()[0]
+
+    with monkeypatch.context() as patch:
+        _after_line(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(tmp_path / "resumed", **own) == 143
+    assert run(tmp_path / "resumed", **own) == 0
+    assert repeatable(tmp_path / "resumed") == repeatable(tmp_path / "run")
+    assert (tmp_path / "resumed" / "bad_images.txt").read_text().splitlines() == named
 
 
 def test_more_bad_images_than_allowed_stop_the_run(cache, tmp_path, capsys):
