@@ -5,6 +5,7 @@ format cannot hold. Exit codes: 0 done, 2 wrong input (nothing was written then)
 """
 
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -81,6 +82,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; what is wrong with its input is on stderr. Returns the exit code."""
+    # Arrays pass through host memory; an accelerator, if there is one, is left alone.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         convert(make_parser().parse_args(argv))
     except ConversionError as error:

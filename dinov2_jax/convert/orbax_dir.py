@@ -13,6 +13,7 @@ import numpy as np
 from dinov2_jax.convert.spec import METADATA_KEY, SPEC_FILE
 
 PARAMS = "params"
+CHUNK_BYTES = 2**26  # of an array that are compressed at a time
 # What `dinov2_jax.checkpoints` and `dinov2_jax.train_state` call things.
 CHECKPOINTS, STATE = "checkpoints", "state"
 TREES = ("teacher", "student")
@@ -79,11 +80,23 @@ def _restore(path: pathlib.Path, branch: str | None) -> dict:
 
 def write_orbax(path: pathlib.Path, params: Mapping, metadata: Mapping[str, str]) -> None:
     """Writes parameters and their record into a folder that does not exist yet."""
+    import jax
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").setLevel(logging.ERROR)
     path.mkdir()
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save((path / PARAMS).absolute(), args=ocp.args.PyTreeSave(params))
+    # Neither a copy of everything (nothing changes it while it is written) nor one database file,
+    # whose writer gathers all arrays in memory: ViT-g would need three times its size.
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
+        ),
+    )
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(
+            (path / PARAMS).absolute(), args=ocp.args.PyTreeSave(params, save_args=save_args)
+        )
     facts = json.loads(metadata[METADATA_KEY])
     (path / SPEC_FILE).write_text(json.dumps(facts, indent=2) + "\n")

@@ -6,7 +6,9 @@ all. In and out: flat dicts of arrays, as everywhere in this room.
 
 import collections
 import contextlib
+import ctypes
 import io
+import mmap
 import os
 import pathlib
 import pickle
@@ -71,7 +73,7 @@ def read_torch(path: str | os.PathLike) -> tuple[dict[str, LazyArray], dict[str,
     facts = getattr(content, "_metadata", None) or {}
     text = facts.get(METADATA_KEY)
     return (
-        {name: _lazy(torch, tensor) for name, tensor in content.items()},
+        {name: _lazy(torch, tensor, is_mapped=is_zip) for name, tensor in content.items()},
         {METADATA_KEY: text} if isinstance(text, str) else {},
     )
 
@@ -98,6 +100,7 @@ def write_torch(
     torch = _import_torch()
     state = collections.OrderedDict()
     for name, array in flat.items():
+        # A copy: torch shares memory, and takes only what may be written.
         array = np.array(array, order="C")
         is_bfloat16 = array.dtype == ml_dtypes.bfloat16
         tensor = torch.from_numpy(array.view(np.int16) if is_bfloat16 else array)
@@ -124,16 +127,31 @@ def _beside(path: pathlib.Path) -> Iterator[io.BufferedWriter]:
         written.unlink(missing_ok=True)
 
 
-def _lazy(torch, tensor) -> LazyArray:
-    def load() -> np.ndarray:
-        if tensor.dtype == torch.bfloat16:
-            return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.detach().numpy()
-
-    empty = torch.empty(0, dtype=tensor.dtype)
+def _lazy(torch, tensor, *, is_mapped: bool) -> LazyArray:
     is_bfloat16 = tensor.dtype == torch.bfloat16
-    dtype = np.dtype(ml_dtypes.bfloat16) if is_bfloat16 else empty.numpy().dtype
+
+    def load() -> np.ndarray:
+        bits = tensor.detach().view(torch.int16) if is_bfloat16 else tensor.detach()
+        array = bits.numpy().copy()
+        if is_mapped:
+            _forget(tensor)
+        return array.view(ml_dtypes.bfloat16) if is_bfloat16 else array
+
+    empty = torch.empty(0, dtype=torch.int16 if is_bfloat16 else tensor.dtype).numpy()
+    dtype = np.dtype(ml_dtypes.bfloat16) if is_bfloat16 else empty.dtype
     return LazyArray(tuple(tensor.shape), dtype, load)
+
+
+def _forget(tensor) -> None:
+    """Drops the pages of a tensor that is mapped from a file; they are read again when needed."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED
+        )
 
 
 def _line(error: Exception) -> str:
