@@ -23,6 +23,7 @@ CORE = [
     "pillow>=11.0",
     "simplejpeg>=1.9.0",
     "safetensors>=0.8.0",
+    "ml_dtypes>=0.5",
     "tensorboardX>=2.6.5",
     "rich>=14.0",
 ]
@@ -45,7 +46,7 @@ setup(
         "test": TEST,
         # The reference package itself comes by `pip install --no-deps dinov2==0.0.1.dev2`: its
         # declared dependencies pin torch 2.0 and xFormers, which its modules do not need.
-        "parity": ["torch==2.13.0"],
+        "parity": ["torch==2.13.0", "transformers>=5.23"],
         "torch": ["torch>=2.4"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda12": ["jax[cuda12]>=0.10.2"],

@@ -10,7 +10,7 @@ from tests.reference.golden_values import arrays
 SIZES = [(16, 7), (37, 7), (37, 16), (37, 28), (37, 39), (37, 46), (16, 37), (14, 6), (37, 1)]
 
 
-@pytest.mark.parametrize("interpolation", ["offset", "antialias"])
+@pytest.mark.parametrize("interpolation", ["offset", "plain", "antialias"])
 @pytest.mark.parametrize(("size", "new_size"), SIZES)
 def test_rows_sum_to_one(size, new_size, interpolation):
     matrix = resize_matrix(size, new_size, interpolation)
@@ -18,8 +18,9 @@ def test_rows_sum_to_one(size, new_size, interpolation):
     np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-6)
 
 
-def test_antialias_keeps_the_axis_as_it_is_and_offset_does_not():
+def test_only_the_offset_changes_an_axis_that_keeps_its_length():
     np.testing.assert_array_equal(resize_matrix(9, 9, "antialias"), np.eye(9))
+    np.testing.assert_array_equal(resize_matrix(9, 9, "plain"), np.eye(9))
     # The scale is taken from 9.1, hence not the identity: the reference never resizes to the same
     # grid, except when a non-square image has as many patches as the table.
     assert np.abs(resize_matrix(9, 9, "offset") - np.eye(9)).max() > 0.01
@@ -68,7 +69,7 @@ def test_golden_tables(file_name, patch, grid, interpolation):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("interpolation", ["offset", "antialias"])
+@pytest.mark.parametrize("interpolation", ["offset", "plain", "antialias"])
 @pytest.mark.parametrize(
     ("stored_grid", "grid"),
     [
@@ -86,6 +87,8 @@ def test_pytorch_kernels(stored_grid, grid, interpolation):
     if interpolation == "offset":
         scale = tuple((new + 0.1) / old for new, old in zip(grid, stored_grid, strict=True))
         arguments = dict(scale_factor=scale, mode="bicubic")
+    elif interpolation == "plain":
+        arguments = dict(size=grid, mode="bicubic")
     else:
         arguments = dict(size=grid, mode="bicubic", antialias=True)
     ours = interpolate_pos_embed(
