@@ -25,6 +25,11 @@ def get_config() -> ConfigDict:
     # of the number of batch shards (devices on the mesh axes data and fsdp).
     config.group_size = 32
     total_steps = config.get_ref("total_steps")
+    # Micro-batches a step, of whole groups each. Sinkhorn, the centers and the loss means still
+    # see the whole batch and KoLeo its groups: the result is that of 1 up to rounding, but for
+    # drop path, which draws anew for each micro-batch. Saves the student's activations only: the
+    # teacher's logits and targets of the whole batch stay in memory.
+    config.grad_accumulation_steps = 1
 
     config.data = ConfigDict()
     # A folder (recursive), a .txt list, tar shards ("shards/*.tar"), ArrayRecord files
@@ -139,9 +144,6 @@ def get_config() -> ConfigDict:
     config.dtype = "auto"
 
     # ---- speed only ----------------------------------------------------------------------------
-    # Micro-batches a step (whole groups each). Sinkhorn, the centers and the loss means still see
-    # the whole batch and KoLeo its groups: the result is that of 1, up to rounding.
-    config.grad_accumulation_steps = 1
     config.remat = "none"  # none | dots | blocks: what the backward pass recomputes
     config.attention = "xla"  # xla | cudnn (GPU, bfloat16)
     config.scan_unroll = 1  # blocks unrolled in each turn of the scan over depth
@@ -149,7 +151,7 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices on each axis; one of them may be -1: what is left
     config.mesh.fsdp = 1
-    config.mesh.model = 1
+    config.mesh.model = 1  # cuts the prototypes only: the backbone is computed on each again
     config.mesh.min_size_to_shard_mb = 4.0  # smaller tensors are replicated over fsdp
 
     config.loader = ConfigDict()

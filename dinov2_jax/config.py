@@ -30,7 +30,6 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 # Keys (or whole groups) that a resumed run may change; every other key changes results. The two
 # tuples repeat the sections of configs/base.py, and a test holds them together.
 SPEED_ONLY = (
-    "grad_accumulation_steps",
     "remat",
     "attention",
     "scan_unroll",

@@ -75,28 +75,35 @@ def check_config(config) -> None:
     _check_eval(config)
 
 
-def check_groups(*, global_batch_size: int, group_size: int, num_batch_shards: int) -> None:
+def check_groups(
+    *, global_batch_size: int, group_size: int, num_batch_shards: int, num_micro_batches: int = 1
+) -> None:
     """Checks that every batch shard (device on the axes data and fsdp) gets whole groups.
+
+    With gradient accumulation, of every micro-batch.
 
     Raises:
       ConfigError: with the nearest values that fit.
     """
     num_groups = global_batch_size // group_size
-    if num_groups % num_batch_shards == 0:
+    num_pieces = num_batch_shards * num_micro_batches
+    if num_groups % num_pieces == 0:
         return
     fits = []
-    if global_batch_size % num_batch_shards == 0:
-        share = global_batch_size // num_batch_shards
+    if global_batch_size % num_pieces == 0:
+        share = global_batch_size // num_pieces
         best = max(size for size in range(1, min(share, group_size) + 1) if share % size == 0)
         fits.append(f"group_size={best}")
-    unit = group_size * num_batch_shards
+    unit = group_size * num_pieces
     below = global_batch_size // unit * unit
     batches = [size for size in (below, below + unit) if size > 0]
     fits.append("global_batch_size=" + " or ".join(str(size) for size in batches))
     raise ConfigError(
         f"global_batch_size={global_batch_size} in groups of group_size={group_size} makes "
         f"{num_groups} groups, which must be a multiple of the {num_batch_shards} batch shards "
-        f"(mesh.data x mesh.fsdp); nearest that fit: {', '.join(fits)}"
+        f"(mesh.data x mesh.fsdp)"
+        + (f" times grad_accumulation_steps={num_micro_batches}" if num_micro_batches > 1 else "")
+        + f"; nearest that fit: {', '.join(fits)}"
     )
 
 

@@ -17,7 +17,7 @@ from dinov2_jax.losses import centering, diagnostics
 from dinov2_jax.losses.dino import dino_global_loss, dino_local_loss, num_loss_terms
 from dinov2_jax.losses.ibot import ibot_loss
 from dinov2_jax.losses.koleo import koleo_loss
-from dinov2_jax.sharding import BATCH_AXES, constrain
+from dinov2_jax.sharding import shard_rows
 from dinov2_jax.train_state import Network, Params
 
 Metrics = dict[str, jax.Array]
@@ -59,7 +59,7 @@ class Views:
 
 @flax.struct.dataclass
 class Targets:
-    """The teacher's word on a batch; rows sum to 1, padding rows to 0."""
+    """The teacher's word on a batch; rows sum to 1, and padding rows count for nothing."""
 
     dino_probs: jax.Array | None  # [s, g, q, k]
     ibot_probs: jax.Array | None  # [s, m, k]
@@ -131,7 +131,7 @@ def center_targets(
     def targets_of(name: str, logits: jax.Array | None, is_real: jax.Array) -> jax.Array | None:
         if logits is None:
             return None
-        rows = constrain(logits.reshape(-1, logits.shape[-1]), BATCH_AXES, "model")
+        rows = shard_rows(logits.reshape(-1, logits.shape[-1]), last="model")
         if losses.centering == "sinkhorn_knopp":
             probs = centering.sinkhorn_knopp(
                 rows,
@@ -176,7 +176,7 @@ def student_loss(
     """
     s, g, q = views.global_crops.shape[:3]
     num_local = views.local_crops.shape[1]
-    cls, local_cls, patches = student_features(
+    cls, patches = student_features(
         student, views, key, network=network, has_masks=bool(losses.ibot_weight)
     )
     temp = losses.student_temp
@@ -185,8 +185,8 @@ def student_loss(
 
     if losses.dino_weight:
         num_terms = num_loss_terms(num_global_crops=g, num_local_crops=num_local)
-        logits = network.apply("dino_head", student, cls)  # [s, g, q, k]
-        local_logits = network.apply("dino_head", student, local_cls)  # [s, l, q, k]
+        logits = network.apply("dino_head", student, cls)  # [s, g + l, q, k]
+        logits, local_logits = logits[:, :g], logits[:, g:]
         terms["dino_global_loss"] = dino_global_loss(
             logits, targets.dino_probs, student_temp=temp, num_terms=num_terms
         )
@@ -222,7 +222,7 @@ def student_loss(
         )
 
     if losses.koleo_weight:
-        crops = cls if losses.koleo_crops == "both" else cls[:, :1]
+        crops = cls[:, : g if losses.koleo_crops == "both" else 1]
         terms["koleo_loss"] = koleo_loss(rearrange(crops, "s g q d -> g s q d"))
 
     weights = {
@@ -237,14 +237,14 @@ def student_loss(
 
 def student_features(
     student: Params, views: Views, key: jax.Array, *, network: Network, has_masks: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
     """Runs the student's backbone once over both crop sizes.
 
     Returns:
-      CLS features of the global crops [s, g, q, d] and of the local ones [s, l, q, d], and patch
-      features of the global crops [(s g q), n, d].
+      CLS features of the global, then the local crops [s, g + l, q, d], and patch features of the
+      global crops [(s g q), n, d].
     """
-    s, g, q = views.global_crops.shape[:3]
+    s, _, q = views.global_crops.shape[:3]
     num_local = views.local_crops.shape[1]
     images = (rearrange(views.global_crops, "s g q ... -> (s g q) ..."),)
     masks = (rearrange(views.masks, "s gq n -> (s gq) n") if has_masks else None,)
@@ -254,8 +254,5 @@ def student_features(
     outputs = network.apply(
         "backbone", student, images, masks, train=True, num_groups=s, rngs={"drop_path": key}
     )
-    cls = rearrange(outputs[0].cls, "(s g q) d -> s g q d", s=s, g=g)
-    local_cls = jnp.zeros((s, 0, q, cls.shape[-1]), cls.dtype)
-    if num_local:
-        local_cls = rearrange(outputs[1].cls, "(s l q) d -> s l q d", s=s, l=num_local)
-    return cls, local_cls, outputs[0].patches
+    cls = [rearrange(output.cls, "(s v q) d -> s v q d", s=s, q=q) for output in outputs]
+    return jnp.concatenate(cls, axis=1), outputs[0].patches

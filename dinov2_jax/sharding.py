@@ -58,11 +58,24 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def constrain(x: jax.Array, *spec) -> jax.Array:
-    """Constrains the sharding of an activation; does nothing where no mesh is set."""
-    if jax.sharding.get_abstract_mesh().empty:
+def shard_rows(x: jax.Array, *, last: str | None = None) -> jax.Array:
+    """Keeps axis 0 of an activation cut over the batch axes, and its last over `last`, if given.
+
+    Left to itself, XLA may cut activations like the weights and sum or move them instead. Does
+    nothing where no mesh is set, and leaves an axis alone that the mesh does not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def cut(size: int, axes: tuple[str, ...]) -> tuple[str, ...] | None:
+        axes = tuple(axis for axis in axes if axis in mesh.axis_names)
+        return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
+
+    rows = cut(x.shape[0], BATCH_AXES)
+    columns = cut(x.shape[-1], (last,)) if last else None
+    if rows is None and columns is None:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    middle = (None,) * (x.ndim - 2)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, *middle, columns))
 
 
 def path_names(path: Sequence) -> tuple[str, ...]:

@@ -77,6 +77,7 @@ def build_mesh(config) -> Mesh:
         global_batch_size=config.global_batch_size,
         group_size=config.group_size,
         num_batch_shards=sharding.batch_shards(mesh),
+        num_micro_batches=config.grad_accumulation_steps,
     )
     return mesh
 

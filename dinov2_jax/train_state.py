@@ -25,7 +25,6 @@ class Network:
       dino_head: head of the class tokens; with `ibot_head` None it serves the patches too. None
         when nothing needs it (iBOT only, with its own head).
       ibot_head: head of the masked patches, or None.
-      patch_head_name: the name of the head that masked patches go through, or None without iBOT.
     """
 
     backbone: nn.Module
@@ -40,6 +39,7 @@ class Network:
 
     @property
     def patch_head_name(self) -> str:
+        """The name of the head that masked patches go through."""
         return "dino_head" if self.ibot_head is None else "ibot_head"
 
     def apply(self, name: str, params: Params, *args, **kwargs):

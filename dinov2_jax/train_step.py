@@ -4,6 +4,7 @@ Behaviour follows dinov2/train/ssl_meta_arch.py and train.py. Randomness: drop p
 (seed, step). Schedules stay on the host, which passes their values in (`optim.schedules`).
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -29,7 +30,7 @@ from dinov2_jax.train_state import Network, Params, TrainState
 def split_groups(tree, num_micro_batches: int):
     """Cuts the leading group axis into micro-batches: [s, ...] -> [a, s / a, ...].
 
-    Groups go to micro-batches in turn, so that each device keeps its own groups.
+    Groups go to micro-batches in turn: each device keeps its own, if it has as many of each.
     """
     return jax.tree.map(lambda x: rearrange(x, "(p a) ... -> a p ...", a=num_micro_batches), tree)
 
@@ -87,7 +88,7 @@ def make_train_step(
     """
 
     def teacher_targets(state: TrainState, views: Views, teacher_temp: jax.Array):
-        run = lambda micro: teacher_logits(state.teacher, micro, network=network, losses=losses)  # noqa: E731
+        run = functools.partial(teacher_logits, state.teacher, network=network, losses=losses)
         if num_micro_batches == 1:
             cls, dino_logits, ibot_logits = run(views)
         else:
@@ -133,19 +134,13 @@ def make_train_step(
 
         norms = {f"grad_norm/{name}": norm for name, norm in module_norms(grads).items()}
         finite = jnp.isfinite(sum(norms.values()) + terms["total_loss"])
-        learned = (student, teacher, opt_state, centers)
-        kept = (state.student, state.teacher, state.opt_state, state.centers)
-        student, teacher, opt_state, centers = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), learned, kept
+        learned = state.replace(
+            student=student, teacher=teacher, opt_state=opt_state, centers=centers
         )
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), learned, state)
         nonfinite = 1 - finite.astype(jnp.int32)
-        state = TrainState(
-            step=state.step + 1,
-            student=student,
-            teacher=teacher,
-            opt_state=opt_state,
-            centers=centers,
-            nonfinite_steps=state.nonfinite_steps + nonfinite,
+        state = state.replace(
+            step=state.step + 1, nonfinite_steps=state.nonfinite_steps + nonfinite
         )
         return state, {**terms, **watch, **norms, "nonfinite": nonfinite}
 

@@ -214,6 +214,12 @@ def test_groups_must_fill_the_batch_shards():
     check_groups(global_batch_size=192, group_size=24, num_batch_shards=8)
 
 
+def test_groups_must_fill_every_micro_batch_of_every_shard():
+    check_groups(global_batch_size=64, group_size=2, num_batch_shards=8, num_micro_batches=4)
+    with pytest.raises(ConfigError, match=r"grad_accumulation_steps=4; .* group_size=2,"):
+        check_groups(global_batch_size=64, group_size=8, num_batch_shards=8, num_micro_batches=4)
+
+
 def test_comparison_sees_what_changes_results_and_nothing_else():
     old = json.loads(config_lib.to_json(_load()))
     assert compare_configs(old, _load()) == []

@@ -1,12 +1,14 @@
 """The step as a whole: what moves, what must not, what accumulation and guards keep."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dinov2_jax import train_step
 from dinov2_jax.objective import LossSettings
 from tests import tiny
 
@@ -133,15 +135,82 @@ def test_networks_without_a_head_initialise_and_train():
         assert missing not in state.student
 
 
-def test_nonfinite_step_changes_only_the_counters(setup):
+def _nan_gradient(loss, student):
+    """A loss as finite as before, whose gradient is not: the square root's slope at 0."""
+    return loss + jnp.sqrt(0.0 * jnp.sum(student["backbone"]["cls_token"] ** 2))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nonfinite_step_changes_only_the_counters(setup, monkeypatch, where):
     network, optimizer, state = setup
-    poison = lambda crops, parameters: tiny.normalise(crops, parameters) * jnp.nan  # noqa: E731
-    step = jax.jit(tiny.make_step(network, optimizer, augment=poison))
+    scale = jnp.nan if where == "loss" else 1.0
+    if where == "gradient":
+        real = train_step.student_loss
+
+        def student_loss(student, *args, **settings):
+            loss, terms = real(student, *args, **settings)
+            return _nan_gradient(loss, student), terms
+
+        monkeypatch.setattr(train_step, "student_loss", student_loss)
+    step = jax.jit(
+        tiny.make_step(
+            network,
+            optimizer,
+            # with softmax centering a skipped step has centers to keep
+            losses=LossSettings(centering="softmax_center"),
+            augment=lambda crops, parameters: tiny.normalise(crops, parameters) * scale,
+        )
+    )
     new, metrics = step(state, tiny.make_batch(), tiny.HYPER)
-    assert metrics["nonfinite"] == 1 and not np.isfinite(metrics["total_loss"])
+    assert metrics["nonfinite"] == 1
+    assert np.isfinite(metrics["total_loss"]) == (where == "gradient")
     assert new.step == 1 and new.nonfinite_steps == 1
     for name in ("student", "teacher", "opt_state", "centers"):
         assert_trees_close(getattr(new, name), getattr(state, name), rtol=0)
+
+
+def test_half_precision_computes_in_it_and_keeps_float32(setup, after_one_step):
+    network = tiny.make_network(dtype=jnp.bfloat16)
+    optimizer, state = setup[1], setup[2]
+    gentle = tiny.HYPER._replace(teacher_momentum=np.float32(0.9999))
+    new, metrics = jax.jit(tiny.make_step(network, optimizer))(state, tiny.make_batch(), gentle)
+    assert {x.dtype for x in jax.tree.leaves((new, metrics))} == {
+        np.dtype(np.float32),
+        np.dtype(np.int32),
+    }
+    for name in TERMS:
+        np.testing.assert_allclose(metrics[name], after_one_step[1][name], rtol=0.02)
+        assert metrics[name] != after_one_step[1][name]
+    # The smallest step of the average, which bfloat16 would round away.
+    assert_trees_close(
+        new.teacher,
+        jax.tree.map(lambda t, s: t + 1e-4 * (s - t), state.teacher, new.student),
+        rtol=1e-5,
+        atol=1e-7,
+    )
+    kernel = ("backbone", "patch_embed", "proj", "kernel")
+    moved = functools.reduce(lambda tree, name: tree[name], kernel, new.teacher)
+    before = functools.reduce(lambda tree, name: tree[name], kernel, state.teacher)
+    assert np.mean(np.asarray(moved) != np.asarray(before)) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("channels", "backbone"),
+    [(3, dict(num_register_tokens=2, ffn="swiglu")), (1, dict(in_channels=1))],
+    ids=["registers", "grey"],
+)
+def test_variants_train(channels, backbone):
+    network = tiny.make_network(**backbone)
+    shape = (*tiny.IMAGE_SHAPE[:2], channels)
+    optimizer = tiny.make_optimizer_for(network, image_shape=shape)
+    state = tiny.make_state(network, optimizer, image_shape=shape)
+    batch = tiny.make_batch()
+    for name in ("global_crops", "local_crops"):
+        batch[name] = batch[name][..., :channels]
+    new, metrics = jax.jit(tiny.make_step(network, optimizer))(state, batch, tiny.HYPER)
+    assert metrics["nonfinite"] == 0
+    moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), new.student, state.student)
+    assert min(jax.tree.leaves(moved)) > 0
 
 
 def test_drop_path_differs_between_steps_and_repeats_with_them():

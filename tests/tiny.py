@@ -54,10 +54,10 @@ def make_network(*, separate_head: bool = True, **backbone) -> Network:
     )
 
 
-def make_optimizer_for(network: Network, **settings):
+def make_optimizer_for(network: Network, *, image_shape=IMAGE_SHAPE, **settings):
     """The reference's AdamW with parameter groups for `network`."""
     params = jax.eval_shape(
-        functools.partial(network.init, image_shape=IMAGE_SHAPE), jax.random.key(0)
+        functools.partial(network.init, image_shape=image_shape), jax.random.key(0)
     )
     groups = parameter_groups(params, layerwise_lr_decay=0.9, patch_embed_lr_multiplier=0.2)
     settings = dict(b1=0.9, b2=0.999, eps=1e-8, clip_norm=3.0) | settings
@@ -99,10 +99,10 @@ def make_batch(
     }
 
 
-def make_state(network: Network, optimizer, *, seed: int = 0):
+def make_state(network: Network, optimizer, *, seed: int = 0, image_shape=IMAGE_SHAPE):
     """A fresh train state."""
     init = functools.partial(
-        init_state, network=network, optimizer=optimizer, image_shape=IMAGE_SHAPE
+        init_state, network=network, optimizer=optimizer, image_shape=image_shape
     )
     return jax.jit(init)(jax.random.key(seed))
 

@@ -111,12 +111,13 @@ def sinkhorn_knopp(
     v = jnp.where(is_real, jnp.exp((row_max - shift) / temp), 0.0)  # [n]
 
     # A prototype that underflows in every row (more than 87 temperatures below each row's best)
-    # stays unused instead of dividing by zero.
+    # stays unused: the floor keeps its u finite, so that 0 * u is 0.
     smallest = jnp.finfo(jnp.float32).tiny
+    floor = 4 * jnp.maximum(share, 1.0) * smallest
     highest = jax.lax.Precision.HIGHEST
     for _ in range(num_iters):
         per_prototype = jnp.einsum("nk,n->k", scaled, v, precision=highest)
-        u = share / jnp.maximum(per_prototype, smallest)
+        u = share / jnp.maximum(per_prototype, floor)
         per_row = jnp.einsum("nk,k->n", scaled, u, precision=highest)
         v = jnp.where(is_real, 1.0 / jnp.maximum(per_row, smallest), 0.0)
     return scaled * u * v[:, None]

@@ -16,8 +16,8 @@ from dinov2_jax.models.layers import (
     Mlp,
     SwiGLU,
     ffn_hidden_dim,
-    shard_rows,
 )
+from dinov2_jax.sharding import shard_rows
 
 REMATS = ("none", "dots", "blocks")
 

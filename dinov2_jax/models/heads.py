@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dinov2_jax.models.layers import gelu, kernel_init, torch_uniform_init
+from dinov2_jax.sharding import shard_rows
 
 
 class DINOHead(nn.Module):
@@ -38,13 +39,15 @@ class DINOHead(nn.Module):
             raise ValueError(f"num_layers={self.num_layers} must be at least 1; the default is 3")
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=kernel_init)
         with jax.named_scope("head"):
+            features = shard_rows(features)
             if self.num_layers == 1:
                 x = dense(self.bottleneck_dim, name="mlp")(features)
             else:
                 widths = [self.hidden_dim] * (self.num_layers - 1) + [self.bottleneck_dim]
                 x = _Mlp(tuple(widths), dense, name="mlp")(features)
-            x = l2_normalize(x.astype(jnp.float32))
-            return WeightNormDense(self.num_prototypes, dtype=self.dtype, name="last_layer")(x)
+            x = shard_rows(l2_normalize(shard_rows(x).astype(jnp.float32)))
+            prototypes = WeightNormDense(self.num_prototypes, dtype=self.dtype, name="last_layer")
+            return shard_rows(prototypes(x), last="model")
 
 
 class _Mlp(nn.Module):
@@ -56,7 +59,7 @@ class _Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for i, width in enumerate(self.widths):
-            x = self.dense(width, name=f"{2 * i}")(x if i == 0 else gelu(x))
+            x = shard_rows(self.dense(width, name=f"{2 * i}")(x if i == 0 else gelu(x)))
         return x
 
 

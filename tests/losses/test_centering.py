@@ -127,7 +127,10 @@ def test_sinkhorn_balances_the_columns(seed):
 def test_sinkhorn_survives_any_logits():
     """The reference's exp overflows or leaves empty rows here; scaled vectors do not."""
     logits = cosine_logits(4, 6, 8)
-    for extreme in (logits * 300, logits + np.arange(6, dtype=np.float32)[:, None] * 100):
+    many_rows = cosine_logits(4, 64, 8)
+    many_rows[:, 3] = -50  # a prototype that no row can use, and more rows than prototypes
+    apart = logits + np.arange(6, dtype=np.float32)[:, None] * 100
+    for extreme in (logits * 300, apart, many_rows):
         probs = np.asarray(sinkhorn_knopp(extreme, 0.04))
         assert np.isfinite(probs).all()
         np.testing.assert_allclose(probs.sum(1), 1, rtol=TOLERANCE)

@@ -31,6 +31,12 @@ def test_gelu_is_exact_in_value_and_gradient():
     assert np.abs(jax.nn.gelu(jnp.float32(x)) - x * cdf).max() > 1e-4
 
 
+def test_half_precision_gelu_is_that_of_float32_rounded():
+    x = jnp.linspace(-6, 6, 401).astype(jnp.bfloat16)
+    exact = jax.nn.gelu(x.astype(jnp.float32), approximate=False)
+    np.testing.assert_allclose(gelu(x).astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
+
+
 def test_gelu_keeps_the_type():
     x = jnp.ones(3, jnp.bfloat16)
     assert gelu(x).dtype == jnp.bfloat16

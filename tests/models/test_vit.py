@@ -195,7 +195,7 @@ def test_remat_changes_memory_only():
     expected, *others = (f(make_params(make(depth=3))) for f in gradients.values())
     for other in others:
         jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), expected, other
+            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), expected, other
         )
 
 
