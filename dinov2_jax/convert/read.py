@@ -143,7 +143,7 @@ def recognise(
     Raises:
       ConversionError: lists all that does not fit.
     """
-    problems, notes = [], []
+    problems, notes, known = [], [], dict(known or {})
     if huggingface.is_huggingface(flat):
         what = "Hugging Face names"
         flat, problems = huggingface.from_huggingface(flat)
@@ -178,8 +178,13 @@ def recognise(
         for module, found in named.items():
             if module != "backbone" and found:
                 template[module] = _template(head_shapes(module, found, spec.embed_dim))
-        if known is None or "mean" not in known or known["mean"] is None:
+        if not known.get("mean"):
             notes.append(f"the file does not say mean and std: {spec.mean}, {spec.std} are assumed")
+        if num_heads is None and not known.get("num_heads") and spec.variant == "custom":
+            notes.append(
+                f"the file does not say how many heads: {spec.num_heads}, width / 64, is assumed; "
+                "--num-heads says otherwise"
+            )
     params = lazy_from_reference(flat, template=template, problems=problems)
     if spec is None:
         raise ConversionError(

@@ -246,8 +246,8 @@ def infer_spec(
                 "not say how many rows they have; only files written by dinov2_jax do"
             )
         grid = (side, side)
-    heads = num_heads or known.get("num_heads") or max(d // 64, 1)
-    if d % heads:
+    heads = known.get("num_heads") or max(d // 64, 1) if num_heads is None else num_heads
+    if heads < 1 or d % heads:
         raise ValueError(f"num_heads={heads} must divide the width {d}; give --num-heads")
     rule = interpolation or known.get("interpolation") or "reference"
     return ModelSpec(

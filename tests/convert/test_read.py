@@ -40,6 +40,9 @@ def test_everything_is_inferred_from_shapes():
 def test_heads_are_width_over_64_unless_told():
     flat = to_reference(make_params(make_spec("switch", embed_dim=128)))
     assert recognise(flat).spec.num_heads == 2
+    assert any("2, width / 64, is assumed" in note for note in recognise(flat).notes)
+    assert not any("heads" in note for note in recognise(flat, num_heads=4).notes)
+    assert "num_heads=0 must divide the width 128; give --num-heads" in problems(flat, num_heads=0)
     assert recognise(flat, num_heads=4).spec.num_heads == 4
     assert recognise(flat, known={"num_heads": 8}).spec.num_heads == 8
     assert "num_heads=5 must divide the width 128; give --num-heads" in problems(flat, num_heads=5)
