@@ -33,7 +33,7 @@ TEST = [*QUICKSTART, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.150", "r
 setup(
     name="dinov2_jax",
     version=VERSION,
-    description="DINOv2 training in JAX and Flax, for TPU pods, GPUs and a laptop",
+    description="DINOv2 training in JAX and Flax, on a laptop, GPUs or TPUs",
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     long_description=(ROOT / "README.md").read_text(),

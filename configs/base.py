@@ -36,7 +36,8 @@ def get_config() -> ConfigDict:
     # ("x.array_record*"), "hf:name[/config]:split", "tfds:name:split" or "photos:".
     config.data.path = ""
     config.data.mixture = ()  # instead of path: ((path, weight), ...); weights need not sum to 1
-    config.data.max_bad_fraction = 0.01  # share of unreadable images above which the run stops
+    # Share of unreadable images above which the run stops; unless it is 0, one never does.
+    config.data.max_bad_fraction = 0.01
     config.data.max_image_pixels = 200_000_000  # a larger image counts as bad
     config.data.in_channels = 3  # 1 decodes to greyscale, 3 to RGB, 4 to RGBA
 
@@ -161,7 +162,9 @@ def get_config() -> ConfigDict:
 
     # ---- bookkeeping ---------------------------------------------------------------------------
     config.log_every_steps = 10
-    config.checkpoint_every_steps = total_steps * 1 // 250  # 0: at the end only
+    config.checkpoint_every_steps = (
+        total_steps * 1 // 50
+    )  # 0: at the end only  # 0: at the end only
     config.eval_every_steps = total_steps * 12_500 // 625_000  # 0: before and at the end only
     config.teacher_every_steps = total_steps * 12_500 // 625_000  # teacher.safetensors; 0: at end
     config.profile_steps = ""  # "10:13" writes a trace of these steps to workdir/profile

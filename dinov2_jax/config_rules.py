@@ -132,17 +132,30 @@ def _check_each(config) -> None:
         pair = _value(config, key)
         if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
             raise ConfigError(f"{key}={pair} must be (low, high) with 0 < low <= high")
-    if config.profile_steps and not re.fullmatch(r"\d+:\d+", config.profile_steps):
-        raise ConfigError(f"profile_steps={config.profile_steps!r} must be like 10:13")
+    profile = re.fullmatch(r"(\d+):(\d+)", config.profile_steps)
+    if config.profile_steps and not (profile and int(profile[1]) < int(profile[2])):
+        raise ConfigError(
+            f"profile_steps={config.profile_steps!r} must be first:last with first < last, "
+            "like 10:13"
+        )
+    for key in ("optim.adam_b1", "optim.adam_b2"):
+        if _value(config, key) == 1:
+            raise ConfigError(f"{key}=1.0 must be below 1: its average would never move")
+    for key, most in (("seed", 2**31 - 1), ("total_steps", 10**9)):
+        if _value(config, key) > most:
+            raise ConfigError(f"{key}={_value(config, key)} must be at most {most}")
 
 
 def _check_data(config) -> None:
     data, augment = config.data, config.augment
     if bool(data.path) == bool(data.mixture):
-        found = "both are set" if data.path else "neither is set"
+        found, cure = (
+            ("both are set", "empty one, as --config.data.path=")
+            if data.path
+            else ("neither is set", "use --config.data.path=/your/images")
+        )
         raise ConfigError(
-            f"data.path or data.mixture must say where the images are, and {found}; "
-            "use --config.data.path=/your/images"
+            f"data.path or data.mixture must say where the images are, and {found}; {cure}"
         )
     for part in data.mixture:
         pair = part if isinstance(part, tuple | list) and len(part) == 2 else (None, None)
@@ -211,6 +224,15 @@ def _check_model(config) -> None:
         raise ConfigError("model.drop_path_rate=1.0 must be below 1: it would drop every branch")
     if not config.dino.loss_weight and not config.ibot.loss_weight:
         raise ConfigError("dino.loss_weight and ibot.loss_weight must not both be 0")
+    masks = config.masks
+    patches = (config.crops.global_crop_size_px // patch) ** 2
+    num_masked = int(2 * config.group_size * masks.mask_probability)
+    if config.ibot.loss_weight and (num_masked < 1 or masks.mask_ratio_max * patches < 1):
+        raise ConfigError(
+            f"masks.mask_probability={masks.mask_probability} and masks.mask_ratio_max="
+            f"{masks.mask_ratio_max} mask no patch of a group of {config.group_size} images with "
+            f"{patches} patches a crop, and iBOT needs one; raise them, or set ibot.loss_weight=0"
+        )
     if config.masks.mask_ratio_min > config.masks.mask_ratio_max:
         raise ConfigError(
             f"masks.mask_ratio_min={config.masks.mask_ratio_min} must be at most "
@@ -259,3 +281,13 @@ def _check_eval(config) -> None:
     for key in ("bank_path", "query_path"):
         if not config.eval[key]:
             raise ConfigError(f"eval.{key} must be set for eval.kind={config.eval.kind!r}")
+    if config.eval.bank_path == config.eval.query_path:
+        raise ConfigError(
+            f"eval.bank_path and eval.query_path are both {config.eval.bank_path!r}: every query "
+            "would find itself; use different images"
+        )
+    if config.eval.kind == "knn" and config.eval.crop_size_px > config.eval.resize_size_px:
+        raise ConfigError(
+            f"eval.crop_size_px={config.eval.crop_size_px} must be at most "
+            f"eval.resize_size_px={config.eval.resize_size_px}"
+        )

@@ -21,6 +21,7 @@ WINDOW = 5
 # A signal has fallen when it is below this share of its start.
 FALLEN = {"feature_std": 0.25, "feature_rank": 0.25, "knn": 0.5}
 SIGNALS = ("feature_std", "feature_rank")
+NONFINITE_FOLDER = "nonfinite"
 LOSS_TERMS = ("dino_global_loss", "dino_local_loss", "ibot_loss", "koleo_loss")
 
 LIKELY_CAUSES = (
@@ -136,7 +137,7 @@ def save_nonfinite(
       terms: of `nonfinite_terms`.
       index: int64 [b], the batch's positions in the global order.
     """
-    directory = epath.Path(workdir) / "nonfinite"
+    directory = epath.Path(workdir) / NONFINITE_FOLDER
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"step_{step}.json"
     content = {"step": step, "terms": list(terms), "index": [int(i) for i in index]}

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from dinov2_jax import pictures
 from dinov2_jax.data.batch import Batch
@@ -195,7 +196,7 @@ def draw_crops(config, batch: Batch, path: epath.Path) -> None:
         std=config.augment.std,
         patch_size=config.model.patch_size,
     )
-    sheet.save(str(path))
+    _save_picture(sheet, path)
 
 
 def draw_patches(config, trainer: Trainer, source: Source, teacher: Any, path: epath.Path) -> None:
@@ -222,4 +223,12 @@ def draw_patches(config, trainer: Trainer, source: Source, teacher: Any, path: e
         features[title] = np.stack(
             [np.asarray(patches(params, image), np.float32) for image in images.astype(np.float32)]
         )
-    pictures.pca_sheet(photos, names, features).save(str(path))
+    _save_picture(pictures.pca_sheet(photos, names, features), path)
+
+
+def _save_picture(picture: Image.Image, path: epath.Path) -> None:
+    """Writes a PNG so that it is there whole or not at all."""
+    beside = path.with_name(f"{path.name}.tmp")
+    with beside.open("wb") as file:
+        picture.save(file, format="PNG")
+    beside.replace(path)

@@ -122,13 +122,16 @@ class Loop:
         everything else that a finished run leaves.
         """
         self._restart_clock()
-        while self.stop.received is None:
-            self._between_steps()
+        while True:
+            # What the last step owes is paid even if a signal came: its checkpoint says finished.
+            if self.stop.received is None or self.step == self.rhythm.total:
+                self._between_steps()
             if self.step == self.rhythm.total:
                 self._stop_trace()
                 return True
-            if self.stop.received is None:
-                self._one_step()
+            if self.stop.received is not None:
+                break
+            self._one_step()
         self._settle(0)
         self._stop_trace()
         return False
@@ -136,6 +139,7 @@ class Loop:
     def save(self) -> None:
         """Starts to save a checkpoint of the steps done so far, all of which are in the books."""
         if self.step > 0:
+            self.books["bad_records"] = sorted(self.bad_images.records)
             self.checkpoints.save(self.step, self.state, self.books)
 
     def _one_step(self) -> None:
@@ -180,7 +184,6 @@ class Loop:
         while len(self._pending) > in_flight:
             step, metrics, hyper, index, bad_record = self._pending.popleft()
             self.bad_images.add(bad_record)
-            self.books["bad_records"] = sorted(self.bad_images.records)
             if int(metrics["nonfinite"]):
                 self._note_nonfinite(step, jax.device_get(metrics), index)
             self._settled += 1
@@ -248,7 +251,12 @@ class Loop:
 
     def _evaluate(self) -> None:
         started = time.perf_counter()
-        values = self.evaluate(self.state.teacher, self.step)
+        try:
+            values = self.evaluate(self.state.teacher, self.step)
+        except ValueError as error:  # no readable image, or features that are not finite
+            raise guards.StopRun(
+                f"the evaluation after step {self.step} failed: {error}"
+            ) from error
         self.writer.write(self.step, {**values, "eval_secs": time.perf_counter() - started})
         self.books["evaluated_step"] = self.step
         self.last_evaluation |= values

@@ -24,9 +24,7 @@ TIMING_FIELDS = (
     "images_per_sec",
     "step_secs",
     "data_wait_share",
-    "compile_secs",
     "eval_secs",
-    "checkpoint_secs",
 )
 # Packages whose versions decide what a run computes.
 PACKAGES = (
@@ -43,6 +41,7 @@ class MetricsWriter:
         workdir: epath.PathLike,
         *,
         restored_step: int | None,
+        evaluated_step: int | None = None,
         tensorboard: bool = False,
         wandb_project: str = "",
         config: Mapping[str, Any] | None = None,
@@ -53,6 +52,8 @@ class MetricsWriter:
           workdir: an existing directory.
           restored_step: updates done in the state that was restored; later lines, and one that a
             kill left half written, are dropped. None: a new run, every line is dropped.
+          evaluated_step: of the last evaluation that the restored state knows; the lines of later
+            ones, which will be repeated, are dropped too. None: all of them are known.
           tensorboard: also write TensorBoard events to workdir/tensorboard.
           wandb_project: also send to this Weights & Biases project; "": off.
           config: shown by wandb.
@@ -65,7 +66,7 @@ class MetricsWriter:
         self._tensorboard = self._wandb = None
         if wandb_project:
             self._wandb = _start_wandb(workdir, wandb_project, config or {})
-        kept = kept_lines(self.path, restored_step)
+        kept = kept_lines(self.path, restored_step, evaluated_step)
         # Written beside and renamed: a kill in between must not lose the old lines.
         beside = self.path.with_suffix(".jsonl.tmp")
         beside.write_text("".join(f"{line}\n" for line in kept))
@@ -74,7 +75,7 @@ class MetricsWriter:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            purge_step = None if restored_step is None else restored_step + 1
+            purge_step = 0 if restored_step is None else restored_step + 1
             self._tensorboard = SummaryWriter(
                 str(workdir / "tensorboard"),
                 purge_step=purge_step,
@@ -110,17 +111,25 @@ class MetricsWriter:
             self._wandb.log(finite, step=step)
 
 
-def kept_lines(path: epath.Path, restored_step: int | None) -> list[str]:
-    """The complete lines of a metrics file up to a step; none if the step is None."""
+def kept_lines(
+    path: epath.Path, restored_step: int | None, evaluated_step: int | None = None
+) -> list[str]:
+    """The complete lines of a metrics file up to a step; none if the step is None.
+
+    Of evaluations (lines with `eval_secs`) those up to `evaluated_step` only, unless it is None.
+    """
     if restored_step is None or not path.exists():
         return []
     kept = []
-    for line in path.read_text().split("\n")[:-1]:  # after the last newline: half a line, or none
+    text = path.read_bytes().decode(errors="replace")
+    for line in text.split("\n")[:-1]:  # after the last newline: half a line, or none
         try:
-            step = json.loads(line)["step"]
+            values = json.loads(line)
+            step = values["step"]
         except (ValueError, KeyError, TypeError):
             continue  # a line that a full disk cut short, before a later one
-        if step <= restored_step:
+        is_known = "eval_secs" not in values or evaluated_step is None or step <= evaluated_step
+        if step <= restored_step and is_known:
             kept.append(line)
     return kept
 

@@ -121,6 +121,17 @@ def estimate_activation_bytes(
     return int(per_block * depth * itemsize + 3 * 4 * logits)
 
 
+# What a finished run leaves, as its last words put it.
+CONTENTS = {
+    "teacher.safetensors": "teacher.safetensors (the network)",
+    "crops.png": "crops.png",
+    "pca.png": "pca.png (look at them)",
+    "metrics.jsonl": "metrics.jsonl",
+    "tensorboard": "tensorboard/",
+    "checkpoints": "checkpoints/",
+}
+
+
 def last_words(
     *, workdir: epath.Path, metrics: Mapping[str, float], name: str, is_own_data: bool
 ) -> list[str]:
@@ -142,10 +153,8 @@ def last_words(
         if is_own_data
         else "your own images, --config.data.path=/your/images"
     )
-    lines.append(
-        f"{workdir} has teacher.safetensors (the network), crops.png and pca.png (look at them), "
-        f"metrics.jsonl, tensorboard/ and checkpoints/. Try next, in another --workdir: {hint}"
-    )
+    found = [text for file, text in CONTENTS.items() if (epath.Path(workdir) / file).exists()]
+    lines.append(f"{workdir} has {', '.join(found)}. Try next, in another --workdir: {hint}")
     return lines
 
 

@@ -24,22 +24,24 @@ from dinov2_jax.config_rules import ConfigError
 from dinov2_jax.convert.spec import METADATA_KEY, SPEC_FILE, ModelSpec
 from dinov2_jax.data.records import DataError
 from dinov2_jax.feed import Feed
-from dinov2_jax.guards import StopRun
+from dinov2_jax.guards import NONFINITE_FOLDER, StopRun
 from dinov2_jax.loop import Limits, Loop, new_books
 from dinov2_jax.progress import Display, format_secs
 from dinov2_jax.rhythm import Rhythm
 from dinov2_jax.signals import StopSignals
 from dinov2_jax.workdir import (
+    BAD_IMAGES_FILE,
     CONFIG_FILE,
     WorkdirError,
     check_unchanged,
+    clear_leftovers,
     is_disk_full,
     open_workdir,
     write_whole,
 )
 
 STOPPED, WRONG_INPUT = 1, 2
-CROPS_FILE, PATCHES_FILE = "crops.png", "pca.png"
+CROPS_FILE, PATCHES_FILE = PICTURES = "crops.png", "pca.png"
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -136,6 +138,11 @@ def dry_run(config, config_path: str, workdir: epath.Path) -> int:
 
 def train(config, flags: argparse.Namespace, workdir: epath.Path, stop: StopSignals) -> int:
     """Starts or resumes the run of a workdir; returns the exit code."""
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"{jax.process_count()} processes: a run is one process on one host; start one, it "
+            "uses all the devices of its host"
+        )
     keep = KeepPolicy(
         last=config.checkpoints.keep_last, every_steps=config.checkpoints.keep_every_steps
     )
@@ -146,6 +153,8 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, stop: StopSign
             if checkpoints.steps()[-1] >= config.total_steps:
                 print(f"{workdir}: this run is finished, all {config.total_steps} steps are done")
                 return 0
+        else:
+            clear_leftovers(workdir, (*PICTURES, BAD_IMAGES_FILE, NONFINITE_FOLDER))
         source = inputs.open_data(config)
         print(source.describe(), flush=True)
         bad_images = inputs.build_bad_images(config, source, workdir)
@@ -160,6 +169,14 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, stop: StopSign
         )
         if evaluation is not None:
             print(evaluation.describe())
+        try:
+            restored = checkpoints.restore_latest(trainer.abstract_state, warn=print)
+        except ValueError as error:
+            raise WorkdirError(
+                f"{error}; if the model was changed, set its keys back as {workdir / CONFIG_FILE} "
+                "has them, or choose another --workdir"
+            ) from error
+        # Only now: a run that could not be restored must keep the configuration it was made with.
         write_whole(workdir / CONFIG_FILE, config_lib.to_json(config))
         spec = ModelSpec.from_module(
             trainer.network.backbone,
@@ -173,11 +190,6 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, stop: StopSign
             list(mesh.devices.flat), repository=config_lib.REPOSITORY
         )
         metrics_lib.add_environment(workdir, environment)
-
-        try:
-            restored = checkpoints.restore_latest(trainer.abstract_state, warn=print)
-        except ValueError as error:
-            raise WorkdirError(str(error)) from error
         step, state, books = restored or (0, trainer.init(), new_books())
         if restored:
             print(f"resumed from step {step}", flush=True)
@@ -186,6 +198,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, stop: StopSign
             metrics_lib.MetricsWriter(
                 workdir,
                 restored_step=step if restored else None,
+                evaluated_step=books["evaluated_step"],
                 tensorboard=config.tensorboard,
                 wandb_project=config.wandb_project,
                 config=config.to_dict(),
@@ -227,7 +240,10 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, stop: StopSign
         if not loop.run():
             loop.save()
             checkpoints.wait()
-            loop.display.line(f"stopped and saved after step {loop.step}; the same command goes on")
+            is_saved = "and saved " if loop.step else ""
+            loop.display.line(
+                f"stopped {is_saved}after step {loop.step}; the same command goes on from there"
+            )
             return stop.exit_code
         finish(config, loop, trainer, source)
         return 0

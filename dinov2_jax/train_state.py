@@ -70,7 +70,6 @@ class TrainState:
     teacher: Params
     opt_state: optax.OptState
     centers: dict[str, jax.Array]  # "dino" [k], "ibot" [k]; stay zero under Sinkhorn-Knopp
-    nonfinite_steps: jax.Array  # int32 [], steps skipped in the whole run
 
 
 def init_state(
@@ -96,5 +95,4 @@ def init_state(
         teacher=jax.tree.map(jnp.copy, student),
         opt_state=optimizer.init(student),
         centers=centers,
-        nonfinite_steps=jnp.zeros((), jnp.int32),
     )

@@ -76,7 +76,7 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, jax.Array], Hyperparameters], tuple[TrainState, Metrics]]:
     """Builds the step `(state, batch, hyperparameters) -> (state, metrics)`, ready for `jax.jit`.
 
-    A step whose loss or gradients are not finite changes nothing but the counters; its metric
+    A step whose loss or gradients are not finite changes nothing but `state.step`; its metric
     `nonfinite` is 1. Metrics describe the state before the update.
 
     Args:
@@ -139,9 +139,7 @@ def make_train_step(
         )
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), learned, state)
         nonfinite = 1 - finite.astype(jnp.int32)
-        state = state.replace(
-            step=state.step + 1, nonfinite_steps=state.nonfinite_steps + nonfinite
-        )
-        return state, {**terms, **watch, **norms, "nonfinite": nonfinite}
+        metrics = {**terms, **watch, **norms, "nonfinite": nonfinite}
+        return state.replace(step=state.step + 1), metrics
 
     return train_step

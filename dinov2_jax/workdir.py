@@ -66,6 +66,16 @@ def write_whole(path: epath.Path, text: str) -> None:
     beside.replace(path)
 
 
+def clear_leftovers(workdir: epath.Path, names: Sequence[str]) -> None:
+    """Removes files and folders that a first try left before its first checkpoint."""
+    for name in names:
+        path = workdir / name
+        if path.is_dir():
+            path.rmtree()
+        else:
+            path.unlink(missing_ok=True)
+
+
 def check_unchanged(
     workdir: epath.Path, config: Mapping[str, Any], *, allow: bool, say: Callable[[str], None]
 ) -> None:
@@ -112,8 +122,12 @@ class BadImages:
           workdir: holds the list.
           rejected: (name, reason) of each image found bad at the scan.
           num_images: found at the scan, the rejected ones not included.
-          max_fraction: share of all of them above which `add` raises.
+          max_fraction: share of all of them above which the run must stop; unless it is 0, a
+            single bad image never stops it.
           explain: record number -> (name, reason).
+
+        Raises:
+          DataError: more were rejected than `max_fraction` allows.
         """
         self._path = workdir / BAD_IMAGES_FILE
         self._named = set()
@@ -125,6 +139,7 @@ class BadImages:
         self.records: set[int] = set()  # those found bad when they were decoded
         for name, reason in rejected:
             self._name(name, reason)
+        self._check()
 
     @property
     def count(self) -> int:
@@ -140,7 +155,11 @@ class BadImages:
         for record in sorted(set(bad_record[bad_record >= 0].tolist()) - self.records):
             self.records.add(record)
             self._name(*self._explain(record))
-        if self.count > self._max_fraction * self._num_images:
+        self._check()
+
+    def _check(self) -> None:
+        allowed = self._max_fraction * self._num_images
+        if self.count > (max(allowed, 1) if self._max_fraction else 0):
             raise DataError(
                 f"{self.count} of {self._num_images} images cannot be read, more than "
                 f"data.max_bad_fraction={self._max_fraction:g} allows; they are named in "

@@ -9,11 +9,36 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 ).strip()
 
+import pathlib
+
 import jax
 import pytest
+
+from tests.small_run import run
 
 
 @pytest.fixture
 def key() -> jax.Array:
     """A jax PRNG key."""
     return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> pathlib.Path:
+    """A compilation cache that all small runs share, in this process and others."""
+    directory = tmp_path_factory.mktemp("cache")
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(directory))
+    jax.config.update(names[1], 0)
+    yield directory
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def finished(cache, tmp_path_factory) -> pathlib.Path:
+    """The workdir of an uninterrupted run in this process."""
+    workdir = tmp_path_factory.mktemp("finished")
+    assert run(workdir) == 0
+    return workdir

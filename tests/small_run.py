@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from dinov2_jax.config import REPOSITORY
-from dinov2_jax.metrics import TIMING_FIELDS, read_metrics
+from dinov2_jax.metrics import TIMING_FIELDS, MetricsWriter, read_metrics
 from dinov2_jax.train import main
 
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.py")
@@ -75,3 +75,16 @@ def repeatable(workdir: pathlib.Path) -> list[dict]:
 def written_config(workdir: pathlib.Path) -> dict:
     """config.json."""
     return json.loads((workdir / "config.json").read_text())
+
+
+def after_line(monkeypatch, step: int, action):
+    """Calls `action` once, right after the log line of a step is written."""
+    write, done = MetricsWriter.write, []
+
+    def wrapped(self, at, values):
+        write(self, at, values)
+        if at == step and "total_loss" in values and not done:
+            done.append(at)
+            action()
+
+    monkeypatch.setattr(MetricsWriter, "write", wrapped)

@@ -1,9 +1,98 @@
-"""The loop's books; what the loop does is tested through the command (test_train.py)."""
+"""The loop with parts that do nothing; with real ones the command is tested (test_train.py)."""
 
 import json
+import types
 
-from dinov2_jax.loop import new_books
+import numpy as np
+import pytest
+
+from dinov2_jax.guards import StopRun
+from dinov2_jax.loop import Limits, Loop, new_books
+from dinov2_jax.optim.schedules import Hyperparameters
+from dinov2_jax.rhythm import Rhythm
 
 
 def test_books_are_json():
     assert json.loads(json.dumps(new_books())) == new_books()
+
+
+class _Anything:
+    """Takes every call and remembers the names of those made."""
+
+    def __init__(self, calls):
+        self.calls = calls
+        self.keep = types.SimpleNamespace(best_step=None)
+        self.wait_secs, self.count, self.records = 0.0, 0, set()
+
+    def __getattr__(self, name):
+        def call(*args, **_):
+            self.calls.append((name, *[arg for arg in args if isinstance(arg, int)]))
+
+        return call
+
+    def take(self):
+        batch = types.SimpleNamespace(index=np.arange(2), bad_record=np.full(2, -1))
+        return types.SimpleNamespace(device={}, host=batch)
+
+
+def _loop(calls, *, stop_at: int, total: int = 3, evaluate=None):
+    """A loop whose parts do nothing; a signal comes while step `stop_at` runs."""
+    stop, parts = types.SimpleNamespace(received=None), _Anything(calls)
+
+    def train_step(state, batch, hyper):
+        if state + 1 == stop_at:
+            stop.received = 15
+        return state + 1, {"nonfinite": 0, "total_loss": 1.0}
+
+    def evaluate_teacher(teacher, step):
+        calls.append(("evaluate", step))
+        return {"knn/x/cls": 0.5}
+
+    class State(int):
+        teacher = None
+        __add__ = lambda self, other: State(int(self) + other)  # noqa: E731
+
+    loop = Loop(
+        workdir=None,
+        state=State(0),
+        step=0,
+        books=new_books(),
+        train_step=train_step,
+        schedules=types.SimpleNamespace(at=lambda step: Hyperparameters(0, 0, 0, 0, 0)),
+        feed=parts,
+        images_per_step=2,
+        rhythm=Rhythm(total=total, log=1, checkpoint=0, evaluate=0, teacher=0),
+        limits=Limits(max_nonfinite_steps=0, check_collapse=False, warmup_steps=0),
+        checkpoints=parts,
+        writer=parts,
+        display=parts,
+        bad_images=parts,
+        evaluate=evaluate or evaluate_teacher,
+        best_metric="knn/x/cls",
+        keep_best=False,
+        teacher_metadata={},
+        stop=stop,
+    )
+    loop.write_teacher = lambda: calls.append(("teacher", loop.step))
+    return loop
+
+
+def test_a_signal_in_the_last_step_does_not_lose_what_the_last_step_owes():
+    calls = []
+    assert _loop(calls, stop_at=3).run()
+    assert ("evaluate", 3) in calls and ("teacher", 3) in calls
+
+
+def test_a_signal_before_stops_without_an_evaluation():
+    calls = []
+    loop = _loop(calls, stop_at=2)
+    assert not loop.run()
+    assert loop.step == 2 and ("evaluate", 2) not in calls and ("write", 2) in calls
+
+
+def test_an_evaluation_that_cannot_be_done_stops_the_run_in_one_line():
+    def evaluate(teacher, step):
+        raise ValueError("feature row 3 is not finite")
+
+    with pytest.raises(StopRun, match="evaluation after step 0 failed: feature row 3"):
+        _loop([], stop_at=-1, evaluate=evaluate).run()

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from dinov2_jax import metrics
 from dinov2_jax.config import REPOSITORY
 from dinov2_jax.metrics import (
     METRICS_FILE,
@@ -105,3 +106,12 @@ def test_git_revision_knows_clean_from_dirty_and_absent(tmp_path):
     assert len(clean["revision"]) == 40 and clean["dirty"] is False
     (tmp_path / "file").write_text("b")
     assert git_revision(tmp_path) == {**clean, "dirty": True}
+
+
+def test_an_evaluation_that_the_restored_state_does_not_know_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = ({"step": 2}, {"step": 2, "eval_secs": 1}, {"step": 4}, {"step": 4, "eval_secs": 1})
+    path.write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in lines) + b"\xff\xfe\n")
+    kept = [json.loads(line) for line in metrics.kept_lines(path, 4, evaluated_step=2)]
+    assert kept == [*lines[:3]]
+    assert len(metrics.kept_lines(path, 4)) == 4

@@ -13,7 +13,7 @@ def test_the_table_counts_parameters_bytes_and_images():
     mesh = make_mesh(data=2, fsdp=4)
     params = {"backbone": {"w": jnp.zeros((1000, 500))}, "dino_head": {"w": jnp.zeros((250, 10))}}
     scalar = jnp.zeros((), jnp.int32)
-    state = TrainState(scalar, params, params, {"mu": params, "nu": params}, {}, scalar)
+    state = TrainState(scalar, params, params, {"mu": params, "nu": params}, {})
     state = abstract_like(state, tree_sharding(state, mesh, min_size_to_shard_mb=0.1))
     table = report.start_table(
         config_path="configs/a.py",

@@ -124,13 +124,16 @@ class InRunEvaluation:
 
     def _accuracies(self, bank, bank_labels, queries, query_labels, *, prefix: str):
         accuracies = {}
+        (num_neighbors,) = self._vote["num_neighbors"]
+        # Images of the bank that could not be read are not there to vote.
+        vote = self._vote | {"num_neighbors": [min(num_neighbors, len(bank_labels))]}
         for kind in queries:
             by_k = knn_accuracy(
                 bank_features=bank[kind],
                 bank_labels=bank_labels,
                 query_features=queries[kind],
                 query_labels=query_labels,
-                **self._vote,
+                **vote,
             )
             (accuracies[f"knn/{self.name}/{prefix}{kind}"],) = by_k.values()
         return accuracies

@@ -109,7 +109,6 @@ def run_ours(
             "dino": jnp.zeros(DINO_HEAD["num_prototypes"]),
             "ibot": jnp.zeros(patch_head["num_prototypes"]),
         },
-        nonfinite_steps=jnp.zeros((), jnp.int32),
     )
     terms = []
     for i in range(NUM_STEPS):
