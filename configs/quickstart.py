@@ -15,7 +15,7 @@ from configs import base
 def get_config():
     """Returns the quickstart's configuration."""
     config = base.get_config()
-    config.total_steps = 500
+    config.total_steps = 400
     total_steps = config.get_ref("total_steps")
     config.global_batch_size = 32
     config.group_size = 32
