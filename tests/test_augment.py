@@ -1,6 +1,5 @@
 """Each operation against Pillow or an explicit float64 formula; levels are 0 to 255."""
 
-import colorsys
 import functools
 import itertools
 
@@ -12,6 +11,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from dinov2_jax.augment import augment, normalize, shift_hue
 from dinov2_jax.data.batch import AUGMENT_COLUMNS
 from dinov2_jax.sharding import batch_sharding, make_mesh
+from tests.reference.augment_oracle import grey_of, oracle
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
@@ -51,37 +51,6 @@ def levels(crops: np.ndarray, params: np.ndarray, **options) -> np.ndarray:
     """`augment` with its normalisation undone: float64 levels."""
     run = compiled(crops.shape[-1], tuple(options.items()))
     return 255 * np.asarray(run(crops, params), np.float64)
-
-
-# The oracle below takes one operation at a time, in float64, as its definition says.
-
-
-def grey_of(image: np.ndarray) -> np.ndarray:
-    return image @ np.array([299, 587, 114]) / 1000
-
-
-def blend(image: np.ndarray, other, factor: float) -> np.ndarray:
-    return np.clip(other + factor * (image - other), 0, 255)
-
-
-def hue_of(image: np.ndarray, turns: float) -> np.ndarray:
-    def shifted(pixel):
-        h, s, v = colorsys.rgb_to_hsv(*pixel)
-        return colorsys.hsv_to_rgb((h + turns) % 1, s, v)
-
-    return np.apply_along_axis(shifted, -1, image)
-
-
-def oracle(image: np.ndarray, operation: str, value: float) -> np.ndarray:
-    match operation:
-        case "brightness":
-            return blend(image, 0, value)
-        case "contrast":
-            return blend(image, int(grey_of(image).mean() + 0.5), value)
-        case "saturation":
-            return blend(image, grey_of(image)[..., None], value)
-        case "hue":
-            return hue_of(image, value)
 
 
 @pytest.mark.parametrize(
