@@ -63,6 +63,8 @@ class Checkpoints:
         # errors are raised by `save`, `wait` or leaving the context.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = epath.Path(directory)
+        if "://" not in str(directory):  # Orbax saves to absolute paths only
+            self.directory = self.directory.resolve()
         self.keep = keep
         self._manager = self._open()
 

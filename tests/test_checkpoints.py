@@ -57,6 +57,18 @@ def test_round_trip_is_exact_and_donation_after_save_is_safe(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, expected[5])
 
 
+def test_a_relative_directory_is_fine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the default workdir is relative: runs/<config>
+    with Checkpoints("runs/x", KeepPolicy(last=1)) as checkpoints:
+        checkpoints.save(3, _state(3), {})
+        checkpoints.wait()
+    assert (tmp_path / "runs" / "x" / "3").is_dir()
+    with Checkpoints("runs/x", KeepPolicy(last=1)) as checkpoints:
+        number, restored, _ = checkpoints.restore_latest(_abstract(), warn=_fail)
+    assert number == 3
+    jax.tree.map(np.testing.assert_array_equal, restored, _state(3))
+
+
 def test_keeps_the_last_every_so_many_and_the_best(tmp_path):
     keep = KeepPolicy(last=2, every_steps=4)
     with Checkpoints(tmp_path, keep) as checkpoints:
