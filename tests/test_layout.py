@@ -15,8 +15,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # for a file, or for a whole room.
 LEVELS = (
     ("data",),
-    ("losses", "optim", "models", "convert", "augment", "neighbors", "config_rules"),
-    ("sharding", "config"),
+    ("losses", "optim", "models", "convert", "augment", "neighbors", "config_rules", "preprocess"),
+    ("sharding", "config", "hub"),
+    ("model",),
     ("train_state",),
     ("objective",),
     (

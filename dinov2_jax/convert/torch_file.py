@@ -33,7 +33,7 @@ def read_torch(path: str | os.PathLike) -> tuple[dict[str, LazyArray], dict[str,
       ValueError: the file is damaged, wants to run code, or holds something else than tensors.
       ModuleNotFoundError: PyTorch is missing; its text says how to get it.
     """
-    torch = _import_torch()
+    torch = require_torch()
     is_zip = zipfile.is_zipfile(path)
     try:
         if is_zip:
@@ -97,7 +97,7 @@ def write_torch(
       OSError: the file cannot be written; `path` is then as it was.
       ModuleNotFoundError: PyTorch is missing.
     """
-    torch = _import_torch()
+    torch = require_torch()
     state = collections.OrderedDict()
     for name, array in flat.items():
         # A copy: torch shares memory, and takes only what may be written.
@@ -158,7 +158,8 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _import_torch():
+def require_torch():
+    """Imports torch. Raises ModuleNotFoundError, saying how to get it, where it is missing."""
     try:
         import torch
     except ImportError as error:

@@ -84,12 +84,7 @@ def decode(
 def _decode_with_pillow(image: bytes, num_channels: int, max_pixels: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:
-            _check_size(opened.height, opened.width, max_pixels)
-            if opened.mode.startswith("I;16"):
-                return _from_array(np.asarray(opened).astype(np.uint16), num_channels, max_pixels)
-            if opened.mode == "P" and isinstance(opened.info.get("transparency"), bytes):
-                opened = opened.convert("RGBA")  # the same colours, without Pillow's warning
-            converted = np.array(opened.convert(_MODES[num_channels]))
+            return from_pillow(opened, num_channels=num_channels, max_pixels=max_pixels)
     except (BadImage, MemoryError):
         raise
     except Exception as error:  # whatever a decoder raises is the file's fault
@@ -97,6 +92,23 @@ def _decode_with_pillow(image: bytes, num_channels: int, max_pixels: int) -> np.
         if "cannot identify" in reason:
             reason = "not an image"
         raise BadImage(reason[:120]) from error
+
+
+def from_pillow(
+    opened: Image.Image, *, num_channels: int = 3, max_pixels: int = 200_000_000
+) -> np.ndarray:
+    """Pixels of a Pillow image of any mode; arguments, result and errors as `decode`.
+
+    What Pillow raises while it decodes passes through.
+    """
+    if num_channels not in _MODES:
+        raise BadImage(f"an image of Pillow has no {num_channels}-channel form; pass an array")
+    _check_size(opened.height, opened.width, max_pixels)
+    if opened.mode.startswith("I;16"):
+        return _from_array(np.asarray(opened).astype(np.uint16), num_channels, max_pixels)
+    if opened.mode == "P" and isinstance(opened.info.get("transparency"), bytes):
+        opened = opened.convert("RGBA")  # the same colours, without Pillow's warning
+    converted = np.array(opened.convert(_MODES[num_channels]))
     return converted.reshape(*converted.shape[:2], num_channels)
 
 
