@@ -4,6 +4,7 @@ Part of the door, like `startup.py`: it reads the configuration so that the room
 """
 
 import contextlib
+import functools
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -11,12 +12,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from einops import rearrange
 from etils import epath
-from PIL import Image
 
-from dinov2_jax import pictures
+from dinov2_jax.augment import normalize
 from dinov2_jax.data.batch import Batch
-from dinov2_jax.data.image_ops import decode
+from dinov2_jax.data.image_ops import decode, resize_center_crop
 from dinov2_jax.data.masking import BlockMasks
 from dinov2_jax.data.multicrop import MultiCrop
 from dinov2_jax.data.pipeline import Batches, make_batches
@@ -24,6 +25,10 @@ from dinov2_jax.data.records import BadImage, DataError, Source
 from dinov2_jax.data.sources import open_mixture, open_source
 from dinov2_jax.evals.in_run import InRunEvaluation, crop_identity, labelled_knn
 from dinov2_jax.startup import Trainer, as_config_error, build_augment
+from dinov2_jax.visualize.crops import crops_sheet
+from dinov2_jax.visualize.pca import pca_colors, pca_sheet
+from dinov2_jax.visualize.photos import PhotoReader
+from dinov2_jax.visualize.sheets import save
 from dinov2_jax.workdir import BadImages
 
 
@@ -207,46 +212,39 @@ def evaluate_with_baselines(
 
 def draw_crops(config, batch: Batch, path: epath.Path) -> None:
     """Writes crops.png: what the network sees."""
-    sheet = pictures.crops_sheet(
+    sheet = crops_sheet(
         batch,
         augment=build_augment(config),
         mean=config.augment.mean,
         std=config.augment.std,
         patch_size=config.model.patch_size,
     )
-    _save_picture(sheet, path)
+    save(sheet, path)
 
 
 def draw_patches(config, trainer: Trainer, source: Source, teacher: Any, path: epath.Path) -> None:
     """Writes pca.png: photos beside their patch features, before the training and after it."""
     # Some 24 patches a side, whatever the training resolution: fewer show little.
     size = max(config.crops.global_crop_size_px, 24 * config.model.patch_size)
-    photos, names = pictures.sample_photos(
+    reader = PhotoReader(
         source,
-        size_px=size,
+        prepare=functools.partial(resize_center_crop, resize=size, crop=size),
         num_channels=config.data.in_channels,
         max_image_pixels=config.data.max_image_pixels,
     )
-    images = (np.stack(photos) / 255.0 - config.augment.mean) / config.augment.std
+    photos = reader.sample(12)
 
     @jax.jit
-    def patches(params, image: jax.Array) -> jax.Array:
-        return trainer.network.backbone.apply({"params": params}, image[None]).patches[0]
+    def patches(params, pixels: jax.Array) -> jax.Array:
+        image = normalize(pixels[None], mean=config.augment.mean, std=config.augment.std)
+        features = trainer.network.backbone.apply({"params": params}, image).patches[0]
+        return rearrange(features, "(h w) d -> h w d", h=size // config.model.patch_size)
 
-    features = {}
+    columns = {}
     for title, params in (
         ("before training", trainer.init_backbone()),
         ("trained", teacher["backbone"]),
     ):
-        features[title] = np.stack(
-            [np.asarray(patches(params, image), np.float32) for image in images.astype(np.float32)]
-        )
-    _save_picture(pictures.pca_sheet(photos, names, features), path)
-
-
-def _save_picture(picture: Image.Image, path: epath.Path) -> None:
-    """Writes a PNG so that it is there whole or not at all."""
-    beside = path.with_name(f"{path.name}.tmp")
-    with beside.open("wb") as file:
-        picture.save(file, format="PNG")
-    beside.replace(path)
+        grids = [np.asarray(patches(params, photo.pixels), np.float32) for photo in photos]
+        columns[title] = pca_colors(grids)
+    save(pca_sheet(photos, columns), path)

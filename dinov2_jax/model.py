@@ -59,6 +59,7 @@ class Model:
         self._module = spec.build(dtype=jnp.dtype(dtype), attention=attention)
         self._last = jax.jit(self.apply)
         self._several = jax.jit(self._apply_several, static_argnums=(2, 3))
+        self._attention = jax.jit(self._apply_attention, static_argnums=2)
         # Kernels are what the compute type is for; cast here, they take half the memory.
         self.params = jax.tree_util.tree_map_with_path(
             lambda path, x: jnp.asarray(x, dtype if path[-1].key == "kernel" else None), params
@@ -114,6 +115,23 @@ class Model:
         return [
             x.replace(patches=rearrange(x.patches, "b (h w) d -> b h w d", h=h)) for x in outputs
         ]
+
+    def cls_attention(self, images: jax.Array, block: int | None = None) -> jax.Array:
+        """How much CLS attends to each token in one block, head by head.
+
+        Args:
+          images: as for `__call__`.
+          block: counted from 0; None: the last.
+
+        Returns:
+          Probabilities, float32 `[b, heads, 1 + r + n]`: of CLS, registers and patches (row by
+          row, see `grid`). Rows sum to 1.
+
+        Raises:
+          ValueError: as `__call__`, or a block that does not exist.
+        """
+        block = self.spec.depth - 1 if block is None else block
+        return self._attention(self.params, self._check(images), block)
 
     def preprocess(
         self,
@@ -172,6 +190,11 @@ class Model:
     def _apply_several(self, params, images, layers, norm):
         return self._module.apply(
             {"params": params}, self._fit(images), layers, norm=norm, method="intermediate_layers"
+        )
+
+    def _apply_attention(self, params, images, block):
+        return self._module.apply(
+            {"params": params}, self._fit(images), block, method="cls_attention"
         )
 
     def _fit(self, images: jax.Array) -> jax.Array:

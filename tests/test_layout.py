@@ -32,7 +32,7 @@ LEVELS = (
         "feed",
         "rhythm",
     ),
-    ("evals", "pictures", "report"),
+    ("evals", "visualize", "report"),
     ("loop", "startup"),
     ("inputs",),
     ("train",),

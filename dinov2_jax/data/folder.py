@@ -1,4 +1,4 @@
-"""Image files in a folder, or named by a list. Numpy only.
+"""Image files in a folder, named by a list, or by themselves. Numpy only.
 
 A folder needs no index: every file in it, at any depth, is looked at once. Class folders are
 labels. The order is that of the sorted paths, whatever the file system returns.
@@ -117,6 +117,24 @@ def open_list(path: str) -> Source:
         path=path, kind="list", root=root, found=found, labels=labels if any(labels) else None
     )
     return require_images(source, cure="paths must be relative to the list's folder, or absolute")
+
+
+def open_files(path: str, files: list[str]) -> Source:
+    """Opens image files, in the given order; `path` is what named them.
+
+    Raises:
+      DataError: no usable image.
+    """
+    found = _Found()
+    found.folders = [""]
+    for file in files:
+        reason = _rejection(file)
+        if reason:
+            found.rejected.append((file, reason))
+        else:
+            found.add(0, file)
+    source = FileSource(path=path, kind="file", root="", found=found)
+    return require_images(source, cure="name a file that holds an image")
 
 
 class _Found:

@@ -5,8 +5,9 @@ import os
 import re
 
 from dinov2_jax.data.array_record import ArrayRecordSource
-from dinov2_jax.data.folder import open_folder, open_list
+from dinov2_jax.data.folder import open_files, open_folder, open_list
 from dinov2_jax.data.hub import HuggingFaceSource, TfdsSource
+from dinov2_jax.data.image_ops import IMAGE_SUFFIXES
 from dinov2_jax.data.mixture import Mixture
 from dinov2_jax.data.photos import PhotosSource
 from dinov2_jax.data.records import BadImage, DataError, Record, Source
@@ -15,8 +16,8 @@ from dinov2_jax.data.tar import TarSource
 __all__ = ["BadImage", "DataError", "Record", "Source", "open_mixture", "open_source"]
 
 _KINDS = (
-    "a folder, a .txt list, tar shards ('shards/*.tar'), ArrayRecord files ('x.array_record*'), "
-    "'hf:name:split', 'tfds:name:split' or 'photos:'"
+    "a folder, image files, a .txt list, tar shards ('shards/*.tar'), ArrayRecord files "
+    "('x.array_record*'), 'hf:name:split', 'tfds:name:split' or 'photos:'"
 )
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -25,8 +26,8 @@ def open_source(path: str) -> Source:
     """Opens images wherever they are.
 
     Args:
-      path: a folder (searched at any depth), a .txt list, tar shards or ArrayRecord files (a glob
-        or a range such as "{000..127}" may name several), "hf:name[/config]:split",
+      path: a folder (searched at any depth), a .txt list, image files, tar shards or ArrayRecord
+        files (a glob or a range such as "{000..127}" may name several), "hf:name[/config]:split",
         "tfds:name:split", "photos:", "photos:left" or "photos:right".
 
     Returns:
@@ -55,6 +56,8 @@ def open_source(path: str) -> Source:
     names = [os.path.basename(file) for file in files]
     if path.endswith(".txt") and len(files) == 1:
         return open_list(files[0])
+    if all(name.lower().endswith(IMAGE_SUFFIXES) for name in names):
+        return open_files(path, files)
     if all(".array_record" in name or ".arrayrecord" in name for name in names):
         return ArrayRecordSource(path, files)
     if all(name.endswith(".tar") or ".tar." in name or name.endswith(".tgz") for name in names):

@@ -39,12 +39,30 @@ class Attention(nn.Module):
                 "the released models have heads of width 64"
             )
         qkv = TokenDense(3 * d, dtype=self.dtype, name="qkv")(x)
-        q, k, v = rearrange(
-            qkv, "b n (three heads hd) -> three b heads n hd", three=3, heads=self.num_heads
-        )
+        q, k, v = split_heads(qkv, self.num_heads)
         x = attend(q, k, v, implementation=self.implementation)
         x = checkpoint_name(rearrange(x, "b heads n hd -> b n (heads hd)"), "attention")
         return TokenDense(d, dtype=self.dtype, name="proj")(x)
+
+
+def split_heads(qkv: jax.Array, num_heads: int) -> jax.Array:
+    """Queries, keys and values `[3, b, heads, n, hd]` of one projection `[b, n, 3 * d]`."""
+    return rearrange(qkv, "b n (three heads hd) -> three b heads n hd", three=3, heads=num_heads)
+
+
+def attention_probs(q: jax.Array, k: jax.Array) -> jax.Array:
+    """How much each query attends to each key: softmax(q kT / sqrt(hd)), float32.
+
+    Args:
+      q: queries `[b, heads, n, hd]`.
+      k: keys `[b, heads, m, hd]`.
+
+    Returns:
+      `[b, heads, n, m]`; sums over m are 1.
+    """
+    q = q * q.shape[-1] ** -0.5
+    logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(logits, axis=-1)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str = "xla") -> jax.Array:
@@ -63,10 +81,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str = "x
       ValueError: an unknown implementation, or float32 for cuDNN, which has no such kernel.
     """
     if implementation == "xla":
-        q = q * q.shape[-1] ** -0.5
-        logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
-        probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        return jnp.einsum("bhnm,bhmd->bhnd", probs, v)
+        return jnp.einsum("bhnm,bhmd->bhnd", attention_probs(q, k).astype(v.dtype), v)
     if implementation == "cudnn":
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             raise ValueError(

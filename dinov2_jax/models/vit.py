@@ -12,9 +12,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from dinov2_jax.models.attention import attention_probs, split_heads
 from dinov2_jax.models.block import remat_block
 from dinov2_jax.models.drop_path import DropPath
-from dinov2_jax.models.layers import LayerNorm, PatchEmbed
+from dinov2_jax.models.layers import LayerNorm, PatchEmbed, TokenDense
 from dinov2_jax.models.pos_embed import interpolate_pos_embed
 
 # The released sizes (dinov2/models/vision_transformer.py, dinov2/hub/backbones.py). Table 17 of
@@ -168,13 +169,45 @@ class VisionTransformer(nn.Module):
                 "among them, or give how many of the last ones"
             )
         with jax.named_scope("backbone"):
-            x = self.embed(images, None)
-            # Only the chosen outputs are kept; all others share one more slot.
-            buffer = jnp.zeros((len(chosen) + 1, *x.shape), x.dtype)
-            slots = [chosen.index(i) if i in chosen else len(chosen) for i in range(self.depth)]
-            carry, _ = self.blocks(((x,), (buffer,)), jnp.array(slots), None)
-            collected = carry[1][0][: len(chosen)]
+            collected = self._after_blocks(self.embed(images, None), chosen)
             return [self.split(self.norm(x) if norm else x) for x in collected]
+
+    def cls_attention(self, images: jax.Array, block: int) -> jax.Array:
+        """How much CLS attends to each token in one block.
+
+        Args:
+          images: `[b, height, width, c]`, normalised.
+          block: counted from 0.
+
+        Returns:
+          Probabilities, float32 `[b, heads, 1 + r + n]`, in the order of the tokens.
+
+        Raises:
+          ValueError: a block that does not exist.
+        """
+        if not 0 <= block < self.depth:
+            raise ValueError(f"{block=} must be one of 0..{self.depth - 1}; choose one of them")
+        with jax.named_scope("backbone"):
+            x = self.embed(images, None)
+            if block > 0:
+                (x,) = self._after_blocks(x, [block - 1])
+            # The scan hides its blocks' modules, and keeping every block's n x n matrix would cost
+            # memory: the one block's parameters go to the same layers once more.
+            params = jax.tree.map(lambda a: a[block], self.blocks.variables["params"])
+            norm1 = LayerNorm(dtype=self.dtype, parent=None)
+            qkv = TokenDense(3 * self.embed_dim, dtype=self.dtype, parent=None)
+            x = norm1.apply({"params": params["norm1"]}, x)
+            x = qkv.apply({"params": params["attn"]["qkv"]}, x)
+            q, k, _ = split_heads(x, self.num_heads)
+            return attention_probs(q[:, :, :1], k)[:, :, 0]
+
+    def _after_blocks(self, x: jax.Array, chosen: Sequence[int]) -> jax.Array:
+        """Tokens after each of the chosen blocks, ascending: `[len(chosen), b, 1 + r + n, d]`."""
+        # Only the chosen outputs are kept; all others share one more slot.
+        buffer = jnp.zeros((len(chosen) + 1, *x.shape), x.dtype)
+        slots = [chosen.index(i) if i in chosen else len(chosen) for i in range(self.depth)]
+        carry, _ = self.blocks(((x,), (buffer,)), jnp.array(slots), None)
+        return carry[1][0][: len(chosen)]
 
     def embed(self, images: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Tokens of images `[b, height, width, c]` before the blocks: `[b, 1 + r + n, d]`."""

@@ -35,6 +35,6 @@ def test_paths_that_open_nothing(path, message):
 
 
 def test_files_of_no_known_kind(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"a\.jpg at '.*' is of no known kind"):
-        open_source(str(tmp_path / "a.jpg"))
+    (tmp_path / "a.dat").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"a\.dat at '.*' is of no known kind"):
+        open_source(str(tmp_path / "a.dat"))

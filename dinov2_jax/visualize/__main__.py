@@ -1,0 +1,242 @@
+"""Draws what a model makes of images: `python -m dinov2_jax.visualize COMMAND IMAGES.. --model M`.
+
+Commands: pca, attention, neighbors, matches. Writes one PNG or one self-contained HTML file, as
+the suffix of --out says. Exit codes: 0 done, 2 wrong input (nothing was written then).
+"""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dinov2_jax.data.image_ops import resize_center_crop
+from dinov2_jax.data.records import Source
+from dinov2_jax.evals.features import FeatureExtractor
+from dinov2_jax.model import Model, load
+from dinov2_jax.preprocess import resize_to_patches
+from dinov2_jax.visualize import attention, matches, neighbors, pca, sheets
+from dinov2_jax.visualize.patches import patch_grids
+from dinov2_jax.visualize.photos import Photo, PhotoReader, open_images, spaced_rows
+
+WRONG_INPUT = 2
+PATCHES_A_SIDE = 32  # of the short side: 448 px for patches of 14
+BATCH_SIZE = 16
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message}; --help shows the options")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The commands and their flags."""
+    parser = _Parser(
+        prog="python -m dinov2_jax.visualize",
+        description="Draws what a model makes of images, as one PNG or one HTML file.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, draw: Callable, *, about: str, tile_px: int, max_images: int = 0):
+        sub = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        sub.set_defaults(draw=draw)
+        sub.add_argument(
+            "images", nargs="+", help="image files, folders, .txt lists, tar shards or photos:"
+        )
+        sub.add_argument(
+            "--model", required=True, help="a file, a run's workdir, or a name: dinov2_vits14"
+        )
+        sub.add_argument(
+            "--out", default=f"{name}.png", help="a .png or .html file, replaced if it is there"
+        )
+        sub.add_argument("--tile-px", type=_positive, default=tile_px, help="width of a picture")
+        if max_images:
+            more = "of more, evenly spaced ones are taken"
+            sub.add_argument(
+                "--max-images", type=_positive, default=max_images, help=f"{max_images}; {more}"
+            )
+        return sub
+
+    def see_patches(sub):
+        sub.add_argument(
+            "--size-px",
+            type=_positive,
+            help=f"short side; default: {PATCHES_A_SIDE} patches. Sides become multiples of these",
+        )
+        sub.add_argument(
+            "--square", action="store_true", help="the centred square, not the whole image"
+        )
+        sub.add_argument("--block", type=int, help="counted from 0; default: the last")
+
+    def cut_background(sub, *, default: bool):
+        sub.add_argument(
+            "--foreground",
+            action=argparse.BooleanOptionalAction,
+            default=default,
+            help="keep the patches on one side of the first principal component: the side that "
+            "lies less on the images' borders",
+        )
+        sub.add_argument(
+            "--threshold", type=float, default=0.0, help="of that component, in standard deviations"
+        )
+        sub.add_argument("--flip", action="store_true", help="keep the other side")
+
+    sub = command("pca", draw_pca, about="Patch features as colours.", tile_px=224, max_images=16)
+    see_patches(sub)
+    cut_background(sub, default=True)
+    sub = command("attention", draw_attention, about="Where CLS looks.", tile_px=160, max_images=8)
+    see_patches(sub)
+    sub = command(
+        "neighbors", draw_neighbors, about="The most similar images.", tile_px=160, max_images=8
+    )
+    sub.add_argument("--gallery", help="where neighbours are looked for; default: all IMAGES")
+    sub.add_argument("--num-neighbors", type=_positive, default=6)
+    sub.add_argument("--crop-size-px", type=_positive, help="default: what the model records")
+    sub = command("matches", draw_matches, about="Patches of two images.", tile_px=560)
+    see_patches(sub)
+    cut_background(sub, default=False)
+    sub.add_argument("--num-matches", type=_positive, default=40, help="the most similar ones")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; what is wrong with its input is on stderr. Returns the exit code."""
+    try:
+        flags = make_parser().parse_args(argv)
+        target = sheets.checked_target(flags.out)
+        source = open_images(flags.images)
+        _refuse_to_replace(target, source)
+        sheet = flags.draw(flags, load(flags.model), source)
+        sheets.save(sheet, target)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return WRONG_INPUT
+    print(f"wrote {target}: {sheet.title}, {target.stat().length / 1e3:.0f} kB")
+    return 0
+
+
+def draw_pca(flags: argparse.Namespace, model: Model, source: Source) -> sheets.Sheet:
+    """Patch features as colours."""
+    photos = _photos(flags, model, source, flags.max_images)
+    grids = patch_grids(model, photos, block=flags.block)
+    foreground = _foreground(flags, grids)
+    colors = pca.pca_colors(grids, foreground=foreground)
+    return pca.pca_sheet(
+        photos,
+        {"patch features": colors},
+        has_background=foreground is None,
+        tile_px=flags.tile_px,
+    )
+
+
+def draw_attention(flags: argparse.Namespace, model: Model, source: Source) -> sheets.Sheet:
+    """Where CLS looks."""
+    photos = _photos(flags, model, source, flags.max_images)
+    maps = attention.attention_maps(model, photos, block=flags.block)
+    block = model.spec.depth - 1 if flags.block is None else flags.block
+    return attention.attention_sheet(photos, maps, block=block, tile_px=flags.tile_px)
+
+
+def draw_neighbors(flags: argparse.Namespace, model: Model, source: Source) -> sheets.Sheet:
+    """The most similar images."""
+    crop_px = flags.crop_size_px or model.spec.crop_size_px
+    prepare = functools.partial(
+        resize_center_crop, resize=max(model.spec.resize_size_px, crop_px), crop=crop_px
+    )
+    gallery_source = open_images([flags.gallery]) if flags.gallery else source
+    extract = FeatureExtractor(
+        model.apply, mean=model.spec.mean, std=model.spec.std, batch_size=BATCH_SIZE
+    )
+    extract = functools.partial(extract, model.params)
+    # Tiles are no larger than this, and a gallery's photos may be.
+    shrink = functools.partial(resize_to_patches, short_side_px=flags.tile_px, patch_size=1)
+    embedded, drawers = [], []
+    for images, rows in (
+        (source, spaced_rows(len(source), flags.max_images)),
+        (gallery_source, range(len(gallery_source))),
+    ):
+        reader = PhotoReader(images, prepare=prepare, num_channels=len(model.spec.mean))
+        embedded.append(neighbors.embed(extract, reader, rows))
+        _say(reader, len(embedded[-1].rows))
+        drawers.append(PhotoReader(images, prepare=shrink, num_channels=len(model.spec.mean)))
+    queries, gallery = embedded
+    found = neighbors.neighbors_of(queries, gallery, num_neighbors=flags.num_neighbors)
+    rows_of = [[(gallery.rows[i], similarity) for i, similarity in pairs] for pairs in found]
+    photos = drawers[1].read(sorted({row for pairs in rows_of for row, _ in pairs}))
+    return neighbors.neighbors_sheet(
+        list(drawers[0].read(queries.rows).values()),
+        [[(photos[row], similarity) for row, similarity in pairs] for pairs in rows_of],
+        tile_px=flags.tile_px,
+    )
+
+
+def draw_matches(flags: argparse.Namespace, model: Model, source: Source) -> sheets.Sheet:
+    """Patches of two images that correspond."""
+    if len(source) != 2:
+        raise ValueError(f"matches must have two images, not {len(source)}; name two files")
+    photos = _photos(flags, model, source, 2)
+    grids = patch_grids(model, photos, block=flags.block)
+    found = matches.mutual_matches(
+        *grids, foreground=_foreground(flags, grids), num_matches=flags.num_matches
+    )
+    return matches.matches_sheet(
+        photos, found, patch_size=model.spec.patch_size, tile_px=flags.tile_px
+    )
+
+
+def _photos(
+    flags: argparse.Namespace, model: Model, source: Source, max_images: int
+) -> list[Photo]:
+    """The images to draw, at the size that the network gets."""
+    patch = model.spec.patch_size
+    size_px = flags.size_px or PATCHES_A_SIDE * patch
+    if flags.square:
+        size_px = max(round(size_px / patch), 1) * patch
+        prepare = functools.partial(resize_center_crop, resize=size_px, crop=size_px)
+    else:
+        prepare = functools.partial(resize_to_patches, short_side_px=size_px, patch_size=patch)
+    reader = PhotoReader(source, prepare=prepare, num_channels=len(model.spec.mean))
+    photos = reader.sample(max_images)
+    needed = 2 if flags.command == "matches" else 1
+    if len(photos) < needed:
+        name, reason = reader.rejected[-1]
+        raise ValueError(
+            f"{flags.command} must have {needed} images that can be read; {name}: {reason}"
+        )
+    _say(reader, len(photos))
+    return photos
+
+
+def _foreground(flags: argparse.Namespace, grids) -> list[np.ndarray] | None:
+    if not flags.foreground:
+        return None
+    return pca.foreground_masks(grids, threshold=flags.threshold, flip=flags.flip)
+
+
+def _say(reader: PhotoReader, num_photos: int) -> None:
+    print(f"{num_photos} of {len(reader.source)} images from {reader.source.path}", flush=True)
+    for name, reason in reader.rejected:
+        print(f"left out {name}: {reason}", file=sys.stderr)
+
+
+def _refuse_to_replace(target: os.PathLike, source: Source) -> None:
+    """Raises ValueError where the picture would take the place of one of the images."""
+    for i in range(len(source)):
+        name = source.name(i)
+        is_target = os.path.basename(name) == target.name
+        if is_target and os.path.realpath(name) == os.path.realpath(target):
+            raise ValueError(f"{target} is one of the images; choose another --out")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
