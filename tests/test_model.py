@@ -62,6 +62,19 @@ def test_intermediate_layers_are_the_modules(model, spec, params, n, norm):
         assert_close(ours.cls, flat.cls)
 
 
+def test_attention_is_the_modules(model, spec, params):
+    x = images(12, 20)
+    for block in (0, 2):
+        theirs = spec.build().apply({"params": params}, x, block, method="cls_attention")
+        assert theirs.shape == (2, 2, 1 + 4 + 15)
+        np.testing.assert_allclose(model.cls_attention(x, block), theirs, rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(model.cls_attention(x), model.cls_attention(x, 2))
+    padded = Model(spec, params, uneven="pad").cls_attention(images(13, 22))
+    assert padded.shape == (2, 2, 1 + 4 + 4 * 6)
+    with pytest.raises(ValueError, match=r"block=3 must be one of 0\.\.2"):
+        model.cls_attention(x, 3)
+
+
 def test_uneven_sides_are_refused_padded_or_cropped(spec, params, model):
     x = images(13, 22)
     with pytest.raises(ValueError, match="height=13 and width=22 must be multiples"):

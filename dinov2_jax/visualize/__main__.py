@@ -153,28 +153,37 @@ def draw_neighbors(flags: argparse.Namespace, model: Model, source: Source) -> s
     prepare = functools.partial(
         resize_center_crop, resize=max(model.spec.resize_size_px, crop_px), crop=crop_px
     )
-    gallery_source = open_images([flags.gallery]) if flags.gallery else source
     extract = FeatureExtractor(
         model.apply, mean=model.spec.mean, std=model.spec.std, batch_size=BATCH_SIZE
     )
     extract = functools.partial(extract, model.params)
-    # Tiles are no larger than this, and a gallery's photos may be.
-    shrink = functools.partial(resize_to_patches, short_side_px=flags.tile_px, patch_size=1)
-    embedded, drawers = [], []
-    for images, rows in (
-        (source, spaced_rows(len(source), flags.max_images)),
-        (gallery_source, range(len(gallery_source))),
-    ):
-        reader = PhotoReader(images, prepare=prepare, num_channels=len(model.spec.mean))
-        embedded.append(neighbors.embed(extract, reader, rows))
-        _say(reader, len(embedded[-1].rows))
-        drawers.append(PhotoReader(images, prepare=shrink, num_channels=len(model.spec.mean)))
-    queries, gallery = embedded
+    channels = len(model.spec.mean)
+
+    def embed(images: Source, rows: Sequence[int]) -> neighbors.Embedded:
+        reader = PhotoReader(images, prepare=prepare, num_channels=channels)
+        embedded = neighbors.embed(extract, reader, rows)
+        _say(reader, len(embedded.rows), flags.command)
+        return embedded
+
+    gallery_source = open_images([flags.gallery]) if flags.gallery else source
+    gallery = embed(gallery_source, range(len(gallery_source)))
+    if flags.gallery:
+        queries = embed(source, spaced_rows(len(source), flags.max_images))
+    else:
+        picked = spaced_rows(len(gallery.rows), flags.max_images)
+        queries = neighbors.Embedded(*(x[picked] for x in gallery))
     found = neighbors.neighbors_of(queries, gallery, num_neighbors=flags.num_neighbors)
-    rows_of = [[(gallery.rows[i], similarity) for i, similarity in pairs] for pairs in found]
-    photos = drawers[1].read(sorted({row for pairs in rows_of for row, _ in pairs}))
+
+    # A gallery's photos may be large, and there are many tiles.
+    shrink = functools.partial(resize_to_patches, short_side_px=flags.tile_px, patch_size=1)
+
+    def read(images: Source, rows: Sequence[int]) -> dict[int, Photo]:
+        return PhotoReader(images, prepare=shrink, num_channels=channels).read(rows)
+
+    rows_of = [[(int(gallery.rows[i]), similarity) for i, similarity in x] for x in found]
+    photos = read(gallery_source, sorted({row for pairs in rows_of for row, _ in pairs}))
     return neighbors.neighbors_sheet(
-        list(drawers[0].read(queries.rows).values()),
+        list(read(source, queries.rows.tolist()).values()),
         [[(photos[row], similarity) for row, similarity in pairs] for pairs in rows_of],
         tile_px=flags.tile_px,
     )
@@ -207,13 +216,7 @@ def _photos(
         prepare = functools.partial(resize_to_patches, short_side_px=size_px, patch_size=patch)
     reader = PhotoReader(source, prepare=prepare, num_channels=len(model.spec.mean))
     photos = reader.sample(max_images)
-    needed = 2 if flags.command == "matches" else 1
-    if len(photos) < needed:
-        name, reason = reader.rejected[-1]
-        raise ValueError(
-            f"{flags.command} must have {needed} images that can be read; {name}: {reason}"
-        )
-    _say(reader, len(photos))
+    _say(reader, len(photos), flags.command, needed=2 if flags.command == "matches" else 1)
     return photos
 
 
@@ -223,7 +226,12 @@ def _foreground(flags: argparse.Namespace, grids) -> list[np.ndarray] | None:
     return pca.foreground_masks(grids, threshold=flags.threshold, flip=flags.flip)
 
 
-def _say(reader: PhotoReader, num_photos: int) -> None:
+def _say(reader: PhotoReader, num_photos: int, command: str, *, needed: int = 1) -> None:
+    """Says what was read and what was not; raises ValueError where that is too little."""
+    if num_photos < needed:
+        name, reason = reader.rejected[-1]
+        count = "2 images" if needed == 2 else "1 image"
+        raise ValueError(f"{command} must have {count} that can be read; {name}: {reason}")
     print(f"{num_photos} of {len(reader.source)} images from {reader.source.path}", flush=True)
     for name, reason in reader.rejected:
         print(f"left out {name}: {reason}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Images most like a query, by the CLS token, as a sheet of a row per query."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -31,8 +32,8 @@ def embed(
       reader: whose photos are all of one size.
       rows: of its source.
 
-    Raises:
-      ValueError: no photo can be read.
+    Returns:
+      One row per photo that could be read; without any, no row.
     """
     kept, digests = [], []
 
@@ -42,7 +43,11 @@ def embed(
             digests.append(hashlib.sha256(photo.pixels.tobytes()).hexdigest())
             yield photo.pixels
 
-    cls = extract(pixels()).cls
+    photos = pixels()
+    first = next(photos, None)
+    if first is None:
+        return Embedded(np.zeros(0, int), np.zeros(0, str), np.zeros((0, 0), np.float32))
+    cls = extract(itertools.chain([first], photos)).cls
     return Embedded(np.array(kept), np.array(digests), cls)
 
 
@@ -63,8 +68,12 @@ def neighbors_of(
     Raises:
       ValueError: features that are not finite or all equal, or a gallery of the query alone.
     """
-    check_features(np.concatenate([queries.cls, gallery.cls]), "CLS features")
     is_self = queries.digests[:, None] == gallery.digests[None]
+    if is_self.all(axis=1).any():
+        raise ValueError(
+            "the gallery must hold another photo than the query; it holds the query alone"
+        )
+    check_features(np.concatenate([queries.cls, gallery.cls]), "CLS features")
     k = min(num_neighbors + int(is_self.sum(axis=1).max()), len(gallery.rows))
     found = []
     for i, (similarities, positions) in enumerate(
@@ -72,10 +81,6 @@ def neighbors_of(
     ):
         pairs = zip(positions.tolist(), similarities.tolist(), strict=True)
         found.append([pair for pair in pairs if not is_self[i, pair[0]]][:num_neighbors])
-    if not all(found):
-        raise ValueError(
-            "the gallery must hold another photo than the query; it holds the query alone"
-        )
     return found
 
 

@@ -64,8 +64,8 @@ def check_features(features: np.ndarray, what: str) -> None:
             f"{what} must be finite, {is_bad.sum()} of {len(is_bad)} are not; the network has "
             "diverged, or its file is damaged"
         )
-    spread = np.linalg.norm(features - features.mean(axis=0)) / np.linalg.norm(features)
-    if not spread > MIN_SPREAD:
+    spread = np.linalg.norm(features - features.mean(axis=0))
+    if spread <= MIN_SPREAD * np.linalg.norm(features):
         raise ValueError(
             f"{what} must differ, these {len(features)} are equal; the network has collapsed: take "
             "another checkpoint"

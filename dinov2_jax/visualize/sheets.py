@@ -62,7 +62,7 @@ class Sheet:
         body = below([beside(row, MARGIN_PX) for row in rows], 2 * GAP_PX)
         font = ImageFont.load_default(TEXT_PX)
         lines = _wrapped(self.caption, body.width, font)
-        top = MARGIN_PX + TITLE_PX + 2 * LINE_PX
+        top = MARGIN_PX + TITLE_PX + (2 if self.headers else 1) * LINE_PX
         bottom = top + body.height + LINE_PX // 2
         size = (body.width + 2 * MARGIN_PX, bottom + len(lines) * LINE_PX + MARGIN_PX)
         canvas = Image.new("RGB", size, BACKGROUND)

@@ -107,6 +107,20 @@ def test_intermediate_layers(layers, norm):
         assert_close(output.patches, patches)
 
 
+@pytest.mark.parametrize("block", [0, 2])
+def test_attention_of_cls(block):
+    torch, theirs, ours, params = build(depth=3, embed_dim=64, num_heads=2, img_size=56)
+    images, torch_images = make_images(torch, 2, 42, 28, 3)
+    # The reference drops attention out with probability 0: what passes there are its probabilities.
+    seen = []
+    theirs.blocks[block].attn.attn_drop.register_forward_hook(lambda *args: seen.append(args[-1]))
+    with torch.no_grad():
+        theirs.forward_features(torch_images)
+    method = dict(method="cls_attention", block=block)
+    probs = jax.jit(functools.partial(ours.apply, **method))({"params": params}, images)
+    assert_close(probs, seen[0][:, :, 0])
+
+
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
 def test_gradients_of_every_parameter_with_masks(ffn):
     torch, theirs, ours, params = build(depth=2, embed_dim=64, num_heads=2, img_size=56, ffn=ffn)
