@@ -174,11 +174,8 @@ def draw_neighbors(flags: argparse.Namespace, model: Model, source: Source) -> s
         queries = neighbors.Embedded(*(x[picked] for x in gallery))
     found = neighbors.neighbors_of(queries, gallery, num_neighbors=flags.num_neighbors)
 
-    # A gallery's photos may be large, and there are many tiles.
-    shrink = functools.partial(resize_to_patches, short_side_px=flags.tile_px, patch_size=1)
-
     def read(images: Source, rows: Sequence[int]) -> dict[int, Photo]:
-        return PhotoReader(images, prepare=shrink, num_channels=channels).read(rows)
+        return PhotoReader(images, prepare=prepare, num_channels=channels).read(rows)
 
     rows_of = [[(int(gallery.rows[i]), similarity) for i, similarity in x] for x in found]
     photos = read(gallery_source, sorted({row for pairs in rows_of for row, _ in pairs}))

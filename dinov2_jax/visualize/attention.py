@@ -8,7 +8,7 @@ from PIL import Image
 from dinov2_jax.model import Model
 from dinov2_jax.visualize.patches import normalized
 from dinov2_jax.visualize.photos import Photo
-from dinov2_jax.visualize.sheets import Cell, Sheet, below, beside, named, photo_tile
+from dinov2_jax.visualize.sheets import INK, Cell, Sheet, below, beside, named, photo_tile
 
 # Dark to bright through purple and orange: brightness rises evenly, so it reads in grey too.
 _HEAT = np.array([[0, 0, 10], [80, 18, 110], [180, 50, 90], [245, 125, 20], [250, 250, 150]])
@@ -58,13 +58,13 @@ def attention_sheet(
     """
     cells = []
     for photo, heads in zip(photos, maps, strict=True):
-        tiles = [named(photo_tile(photo.pixels, tile_px), "photo")]
+        tiles = [named(photo_tile(photo.pixels, tile_px), photo.name, ink=INK)]
         titles = ["mean of heads", *(f"head {i}" for i in range(len(heads)))]
         for title, heat in zip(titles, [heads.mean(axis=0), *heads], strict=True):
             title = f"{title}: {heat.sum():.0%}"
             tiles.append(named(heat_tile(photo.pixels, heat, tile_px), title))
         rows = [tiles[i : i + _TILES_PER_ROW] for i in range(0, len(tiles), _TILES_PER_ROW)]
-        cells.append(Cell(below([beside(row) for row in rows]), photo.name))
+        cells.append(Cell(below([beside(row) for row in rows])))
     caption = (
         "How much CLS attends to each patch, interpolated between the patches' centres. Each tile "
         "is scaled to its own largest value. Percentages: of the head's attention, what patches "

@@ -93,7 +93,7 @@ def neighbors_sheet(
     """Draws each query, then its neighbours with their similarities.
 
     Args:
-      queries: of any size.
+      queries: as the network saw them.
       neighbors: (photo, cosine similarity) of those of each query, best first.
       tile_px: width of a tile.
     """
@@ -107,7 +107,7 @@ def neighbors_sheet(
         cells.append(Cell(beside([first, beside(others)], MARGIN_PX)))
     headers = [("query", 0), ("most similar first", tile_px + MARGIN_PX)]
     caption = (
-        "Numbers are cosine similarities of CLS tokens. The query itself, and exact copies of it, "
-        "are left out."
+        "Photos as the network saw them; numbers are cosine similarities of CLS tokens. The query "
+        "itself, and exact copies of it, are left out."
     )
     return Sheet("Nearest neighbours", caption, cells, headers, width_px=0)

@@ -89,7 +89,7 @@ class Sheet:
             data = base64.b64encode(png(image)).decode()
             name = html.escape(name)
             figures.append(
-                f'<figure><img alt="{name}" width="{image.width}" '
+                f'<figure><img alt="{name or title}" width="{image.width}" '
                 f'src="data:image/png;base64,{data}"><figcaption>{name}</figcaption></figure>'
             )
         return (
