@@ -47,7 +47,8 @@ def open_source(path: str) -> Source:
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         return open_folder(path)
-    patterns = _expand_range(path)
+    # A file that is there is meant as it is, whatever brackets its name has.
+    patterns = [glob.escape(path)] if os.path.isfile(path) else _expand_range(path)
     files = [file for pattern in patterns for file in sorted(glob.glob(pattern, recursive=True))]
     if files and len(patterns) > 1:
         files = patterns  # with those that are missing: the source rejects them by name

@@ -85,7 +85,7 @@ def matches_sheet(
             draw.circle(end, 3.5 * _SUPERSAMPLING, color, (255, 255, 255), _SUPERSAMPLING)
     pair = pair.resize((pair.width // _SUPERSAMPLING, pair.height // _SUPERSAMPLING))
     caption = (
-        f"{len(matches.similarity)} pairs of patches, each the other's most similar; cosine "
+        f"Pairs of patches, each the other's most similar: {len(matches.similarity)}, of cosine "
         f"similarity {matches.similarity[-1]:.3f} to {matches.similarity[0]:.3f}."
     )
     name = f"{photos[0].name} and {photos[1].name}"

@@ -91,7 +91,7 @@ def test_lines_end_on_their_patches_in_distinct_colors():
     found = Matches(np.array([[1, 3]]), np.array([[7, 0]]), np.array([0.5], np.float32))
     sheet = matches_sheet(photos, found, patch_size=10, tile_px=160)
     (cell,) = sheet.cells
-    assert cell.name == "a and b" and "1 pairs" in sheet.caption and "0.500" in sheet.caption
+    assert cell.name == "a and b" and "similar: 1," in sheet.caption and "0.500" in sheet.caption
     drawn = np.asarray(cell.image).astype(int)
     assert drawn.shape == (320, 160 + sheets.MARGIN_PX + 160, 3)
     for x, y in ((70, 30), (160 + sheets.MARGIN_PX + 20, 300)):
