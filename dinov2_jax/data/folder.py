@@ -134,7 +134,7 @@ def open_files(path: str, files: list[str]) -> Source:
         else:
             found.add(0, file)
     source = FileSource(path=path, kind="file", root="", found=found)
-    return require_images(source, cure="name a file that holds an image")
+    return require_images(source, cure="use a file that holds an image")
 
 
 class _Found:

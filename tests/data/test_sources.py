@@ -34,7 +34,7 @@ def test_image_files_are_a_source(tmp_path):
     names = [os.path.basename(several.name(i)) for i in range(len(several))]
     assert names == ["a[1].png", "b.JPG", "c.png"]
     assert several.rejected == [(str(tmp_path / "d.png"), "not an image")]
-    with pytest.raises(DataError, match=r"d\.png: not an image; name a file that holds an image"):
+    with pytest.raises(DataError, match=r"d\.png: not an image; use a file that holds an image"):
         open_source(str(tmp_path / "d.png"))
 
 
