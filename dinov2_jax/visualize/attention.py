@@ -59,7 +59,7 @@ def attention_sheet(
     cells = []
     for photo, heads in zip(photos, maps, strict=True):
         tiles = [named(photo_tile(photo.pixels, tile_px), photo.name, ink=INK)]
-        titles = ["mean of heads", *(f"head {i}" for i in range(len(heads)))]
+        titles = ["mean", *(f"head {i}" for i in range(len(heads)))]
         for title, heat in zip(titles, [heads.mean(axis=0), *heads], strict=True):
             title = f"{title}: {heat.sum():.0%}"
             tiles.append(named(heat_tile(photo.pixels, heat, tile_px), title))
