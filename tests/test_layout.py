@@ -22,6 +22,7 @@ LEVELS = (
     (
         "train_step",
         "checkpoints",
+        "flags",
         "metrics",
         "guards",
         "progress",
