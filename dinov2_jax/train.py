@@ -179,6 +179,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, stop: StopSign
             display=stack.enter_context(Display(total_steps=config.total_steps, step=step)),
             bad_images=bad_images,
             evaluate=inputs.evaluate_with_baselines(evaluation),
+            evaluation=json.dumps(config.eval.to_dict()),
             best_metric=f"knn/{inputs.evaluation_name(config)}/cls",
             keep_best=config.checkpoints.keep_best,
             teacher_metadata={
