@@ -46,6 +46,11 @@ def new_collapse_state() -> dict[str, Any]:
     }
 
 
+def forget_knn(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state as if no evaluation had been seen: those to come measure something else."""
+    return {**state, "knn_start": None, "knn_last": None}
+
+
 def watch_collapse(
     state: Mapping[str, Any], *, step: int, metrics: Mapping[str, float], warmup_steps: int
 ) -> tuple[dict[str, Any], str | None]:

@@ -52,6 +52,7 @@ def new_books() -> dict[str, Any]:
         "nonfinite_steps": 0,
         "collapse": guards.new_collapse_state(),
         "evaluated_step": -1,
+        "evaluation": None,  # what the kNN in these books was measured on
         "best": None,  # or {"step": ..., "value": ...} of the best in-run kNN
     }
 
@@ -79,6 +80,7 @@ class Loop:
       rhythm, limits: when things happen.
       checkpoints, writer, display, bad_images: where things go.
       evaluate: (teacher parameters, step) -> metrics by name; None: no evaluation.
+      evaluation: what it measures, in JSON; numbers of two different ones are never compared.
       best_metric: the evaluation's number that is shown and watched.
       keep_best: whether the checkpoint with the highest one is kept.
       last_evaluation: the newest value of every evaluation metric, baselines included.
@@ -101,6 +103,7 @@ class Loop:
     display: Display
     bad_images: BadImages
     evaluate: Callable[[Any, int], dict[str, float]] | None
+    evaluation: str
     best_metric: str
     keep_best: bool
     teacher_metadata: Mapping[str, str]
@@ -259,6 +262,10 @@ class Loop:
             ) from error
         self.writer.write(self.step, {**values, "eval_secs": time.perf_counter() - started})
         self.books["evaluated_step"] = self.step
+        if self.books["evaluation"] != self.evaluation:
+            collapse = guards.forget_knn(self.books["collapse"])
+            self.books |= {"evaluation": self.evaluation, "best": None, "collapse": collapse}
+            self.last_evaluation = {}
         self.last_evaluation |= values
         value = values[self.best_metric]
         self._watch_collapse(self.step, {"knn": value})

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT: the first asks the run to save and stop, the second ends it at once."""
+"""SIGTERM and SIGINT: the first asks the run to save and stop, the second ends it at once.
+
+A signal during the start-up is heeded before the first step, when there is nothing to save yet.
+"""
 
 import os
 import signal
@@ -40,4 +43,5 @@ class StopSignals:
         self.received = number
         name = signal.Signals(number).name
         # Not print: the handler may interrupt one.
-        os.write(sys.__stderr__.fileno(), f"\n{name}: saving; once more to stop at once\n".encode())
+        text = f"\n{name}: stopping where nothing is lost; once more to stop at once\n"
+        os.write(sys.__stderr__.fileno(), text.encode())

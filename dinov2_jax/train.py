@@ -24,6 +24,7 @@ from dinov2_jax.config_rules import ConfigError
 from dinov2_jax.convert.spec import METADATA_KEY, SPEC_FILE, ModelSpec
 from dinov2_jax.data.records import DataError
 from dinov2_jax.feed import Feed
+from dinov2_jax.flags import parse_flags
 from dinov2_jax.guards import NONFINITE_FOLDER, StopRun
 from dinov2_jax.loop import Limits, Loop, new_books
 from dinov2_jax.progress import Display, format_secs
@@ -42,54 +43,6 @@ from dinov2_jax.workdir import (
 
 STOPPED, WRONG_INPUT = 1, 2
 CROPS_FILE, PATCHES_FILE = PICTURES = "crops.png", "pca.png"
-
-
-def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags; `overrides` has the (key, text) of every `--config.key=text`.
-
-    Raises:
-      ConfigError: an unknown flag, with the nearest known one.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m dinov2_jax.train",
-        description="Trains a DINOv2 model.",
-        epilog="--config.KEY=VALUE sets any key of configs/base.py, such as "
-        "--config.data.path=/your/images or --config.total_steps=1000.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="such as configs/vits14.py")
-    parser.add_argument("--workdir", metavar="DIR", help="default: runs/<name of the config>")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="print the start-up table and exit; writes nothing"
-    )
-    parser.add_argument(
-        "--allow_config_change",
-        action="store_true",
-        help="resume although keys that change results differ",
-    )
-
-    def refuse(message: str):
-        raise ConfigError(f"{message}; see python -m dinov2_jax.train --help")
-
-    parser.error = refuse  # one line, like every other error
-    flags, rest = parser.parse_known_args(argv)
-    flags.overrides = []
-    rest = list(rest)
-    while rest:
-        name, equals, text = rest.pop(0).partition("=")
-        if not name.startswith("--config."):
-            known = [option for action in parser._actions for option in action.option_strings]
-            nearest = config_lib.nearest(name, known)
-            raise ConfigError(
-                f"{name}: no such flag; "
-                + (f"did you mean {nearest}?" if nearest else "keys are set by --config.KEY=VALUE")
-            )
-        if not equals:
-            if not rest:
-                raise ConfigError(f"{name} needs a value: {name}=VALUE")
-            text = rest.pop(0)
-        flags.overrides.append((name.removeprefix("--config."), text))
-    return flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,6 +179,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, stop: StopSign
             display=stack.enter_context(Display(total_steps=config.total_steps, step=step)),
             bad_images=bad_images,
             evaluate=inputs.evaluate_with_baselines(evaluation),
+            evaluation=json.dumps(config.eval.to_dict()),
             best_metric=f"knn/{inputs.evaluation_name(config)}/cls",
             keep_best=config.checkpoints.keep_best,
             teacher_metadata={

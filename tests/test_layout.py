@@ -23,6 +23,7 @@ LEVELS = (
     (
         "train_step",
         "checkpoints",
+        "flags",
         "metrics",
         "guards",
         "progress",

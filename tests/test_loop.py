@@ -1,5 +1,6 @@
 """The loop with parts that do nothing; with real ones the command is tested (test_train.py)."""
 
+import dataclasses
 import json
 import types
 
@@ -35,7 +36,7 @@ class _Anything:
         return types.SimpleNamespace(device={}, host=batch)
 
 
-def _loop(calls, *, stop_at: int, total: int = 3, evaluate=None):
+def _loop(calls, *, stop_at: int, total: int = 3, evaluate=None, keep_best=False):
     """A loop whose parts do nothing; a signal comes while step `stop_at` runs."""
     stop, parts = types.SimpleNamespace(received=None), _Anything(calls)
 
@@ -68,8 +69,9 @@ def _loop(calls, *, stop_at: int, total: int = 3, evaluate=None):
         display=parts,
         bad_images=parts,
         evaluate=evaluate or evaluate_teacher,
+        evaluation="x",
         best_metric="knn/x/cls",
-        keep_best=False,
+        keep_best=keep_best,
         teacher_metadata={},
         stop=stop,
     )
@@ -96,3 +98,18 @@ def test_an_evaluation_that_cannot_be_done_stops_the_run_in_one_line():
 
     with pytest.raises(StopRun, match="evaluation after step 0 failed: feature row 3"):
         _loop([], stop_at=-1, evaluate=evaluate).run()
+
+
+@pytest.mark.parametrize(("before", "best"), [("x", 1), ("another", 3)])
+def test_the_best_is_not_compared_with_that_of_another_evaluation(before, best):
+    loop = _loop([], stop_at=-1, keep_best=True)
+    loop.books |= {"evaluation": before, "evaluated_step": 0, "best": {"step": 1, "value": 0.9}}
+    loop.books["collapse"] |= {"knn_start": 0.9, "knn_last": 0.9}
+    loop.checkpoints.keep.best_step = 1  # stays until the new evaluation has a best of its own
+    loop.limits = dataclasses.replace(loop.limits, check_collapse=True)
+    loop.last_evaluation = {"knn/x/chance": 0.1}
+    loop.run()
+    assert loop.checkpoints.keep.best_step == loop.books["best"]["step"] == best
+    assert loop.books["evaluation"] == "x"
+    assert loop.books["collapse"]["knn_start"] == (0.9 if before == "x" else 0.5)
+    assert ("knn/x/chance" in loop.last_evaluation) == (before == "x")

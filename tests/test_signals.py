@@ -38,4 +38,4 @@ def test_the_second_ends_the_process_at_once():
         text=True,
     )
     assert (result.returncode, result.stdout) == (143, "15\n")
-    assert "SIGTERM: saving" in result.stderr
+    assert "SIGTERM: stopping where nothing is lost; once more" in result.stderr

@@ -18,6 +18,7 @@ from dinov2_jax.convert import ModelSpec, read_model
 from dinov2_jax.convert.safetensors_file import read_safetensors
 from dinov2_jax.convert.spec import METADATA_KEY
 from dinov2_jax.convert.state_dict import to_reference
+from dinov2_jax.flags import parse_flags
 from dinov2_jax.metrics import read_metrics
 from tests.small_run import after_line, arguments, repeatable, run, start, written_config
 
@@ -87,7 +88,7 @@ def test_a_run_leaves_a_workdir_that_explains_itself_and_no_key_is_unread(
 
 
 def _quickstart(**overrides):
-    flags = train.parse_flags(arguments(pathlib.Path("unused"), **overrides))
+    flags = parse_flags(arguments(pathlib.Path("unused"), **overrides))
     return flags.config, flags.overrides
 
 

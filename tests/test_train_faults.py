@@ -167,16 +167,6 @@ def test_wrong_input_is_one_line_and_code_2(tmp_path, capsys, overrides, complai
     assert error.startswith("error: ") and error.count("\n") == 1 and complaint in error
 
 
-def test_an_unknown_flag_suggests_the_nearest(capsys):
-    assert train.main(["--config=x.py", "--workdirr=y"]) == 2
-    assert "did you mean --workdir?" in capsys.readouterr().err
-    assert train.main(["--config=x.py", "--config.total_steps"]) == 2
-    assert "needs a value" in capsys.readouterr().err
-    assert train.main([]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "--config" in error and "--help" in error
-
-
 def test_dry_run_prints_the_table_and_writes_nothing(tmp_path, capsys):
     assert run(tmp_path / "run", "--dry_run", pictures="true") == 0
     out = capsys.readouterr().out

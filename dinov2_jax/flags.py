@@ -1,0 +1,52 @@
+"""The flags of the training command: its own few, and `--config.KEY=VALUE` for any key."""
+
+import argparse
+from collections.abc import Sequence
+
+from dinov2_jax.config import nearest
+from dinov2_jax.config_rules import ConfigError
+
+
+def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; `overrides` has the (key, text) of every `--config.key=text`.
+
+    Raises:
+      ConfigError: an unknown flag, with the nearest known one.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m dinov2_jax.train",
+        description="Trains a DINOv2 model.",
+        epilog="--config.KEY=VALUE sets any key of configs/base.py, such as "
+        "--config.data.path=/your/images or --config.total_steps=1000.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="such as configs/vits14.py")
+    parser.add_argument("--workdir", metavar="DIR", help="default: runs/<name of the config>")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the start-up table and exit; writes nothing"
+    )
+    parser.add_argument(
+        "--allow_config_change",
+        action="store_true",
+        help="resume although keys that change results differ",
+    )
+
+    def refuse(message: str):
+        raise ConfigError(f"{message}; see python -m dinov2_jax.train --help")
+
+    parser.error = refuse  # one line, like every other error
+    flags, rest = parser.parse_known_args(argv)
+    flags.overrides = []
+    while rest:
+        name, equals, text = rest.pop(0).partition("=")
+        if not name.startswith("--config."):
+            known = [option for action in parser._actions for option in action.option_strings]
+            suggestion = nearest(name, known)
+            cure = f"did you mean {suggestion}?" if suggestion else "--config.KEY=VALUE sets a key"
+            raise ConfigError(f"{name}: no such flag; {cure}")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"{name} needs a value: {name}=VALUE")
+            text = rest.pop(0)
+        flags.overrides.append((name.removeprefix("--config."), text))
+    return flags
