@@ -3,6 +3,7 @@
 Part of the door, like `startup.py`: it reads the configuration so that the rooms need not.
 """
 
+import functools
 import pathlib
 import re
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from dinov2_jax import pictures
@@ -21,7 +23,9 @@ from dinov2_jax.data.multicrop import MultiCrop
 from dinov2_jax.data.pipeline import Batches, make_batches
 from dinov2_jax.data.records import BadImage, Source
 from dinov2_jax.data.sources import open_mixture, open_source
+from dinov2_jax.distributed import is_primary
 from dinov2_jax.evals.in_run import InRunEvaluation, crop_identity, labelled_knn
+from dinov2_jax.sharding import host_groups
 from dinov2_jax.startup import Trainer, as_config_error, build_augment
 from dinov2_jax.workdir import BadImages
 
@@ -50,8 +54,8 @@ def build_masks(config) -> BlockMasks:
     )
 
 
-def open_batches(config, source: Source, *, start_step: int) -> Batches:
-    """The batches from a step on."""
+def open_batches(config, source: Source, mesh: Mesh, *, start_step: int) -> Batches:
+    """This host's part of the batches from a step on."""
     crops, augment = config.crops, config.augment
     multicrop = MultiCrop(
         global_crop_size_px=crops.global_crop_size_px,
@@ -86,12 +90,11 @@ def open_batches(config, source: Source, *, start_step: int) -> Batches:
         num_workers=config.loader.num_workers,
         num_threads=config.loader.num_threads,
         prefetch_batches=config.loader.prefetch_batches,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        groups=host_groups(mesh, num_groups=config.global_batch_size // config.group_size),
     )
 
 
-def build_bad_images(config, source: Source, workdir: epath.Path) -> BadImages:
+def build_bad_images(config, source: Source, workdir: epath.Path, *, is_writer: bool) -> BadImages:
     """The list of bad images, with those that the scan rejected."""
 
     def explain(record: int) -> tuple[str, str]:
@@ -111,6 +114,7 @@ def build_bad_images(config, source: Source, workdir: epath.Path) -> BadImages:
         num_images=len(source),
         max_fraction=config.data.max_bad_fraction,
         explain=explain,
+        is_writer=is_writer,
     )
 
 
@@ -211,7 +215,8 @@ def draw_patches(config, trainer: Trainer, source: Source, teacher: Any, path: e
     )
     images = (np.stack(photos) / 255.0 - config.augment.mean) / config.augment.std
 
-    @jax.jit
+    # Replicated, so that every process can read it.
+    @functools.partial(jax.jit, out_shardings=NamedSharding(trainer.mesh, PartitionSpec()))
     def patches(params, image: jax.Array) -> jax.Array:
         return trainer.network.backbone.apply({"params": params}, image[None]).patches[0]
 
@@ -227,7 +232,9 @@ def draw_patches(config, trainer: Trainer, source: Source, teacher: Any, path: e
 
 
 def _save_picture(picture: Image.Image, path: epath.Path) -> None:
-    """Writes a PNG so that it is there whole or not at all."""
+    """Writes a PNG, by the primary process, so that it is there whole or not at all."""
+    if not is_primary():
+        return
     beside = path.with_name(f"{path.name}.tmp")
     with beside.open("wb") as file:
         picture.save(file, format="PNG")
