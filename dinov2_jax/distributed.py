@@ -7,6 +7,7 @@ know (a bad image, a signal) goes round once a step, so that all decide alike at
 import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -25,6 +26,9 @@ ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PRO
 # Variables that name one task among several: SLURM inside `srun`, OpenMPI.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _OPENMPI = ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE")
+
+_MEETINGS = itertools.count()  # every meeting needs a name of its own
+_MEETING_SECS = 3600
 
 
 class HostError(RuntimeError):
@@ -121,6 +125,21 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
+def meet() -> None:
+    """Waits until every process has come here, however long one of them compiles or reads.
+
+    By way of the coordinator: the first collective of some devices gives up after half a minute.
+    """
+    if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
+        multihost.sync_global_processes(
+            f"dinov2_jax meets {next(_MEETINGS)}",
+            processes=set(range(jax.process_count())),
+            timeout=_MEETING_SECS,
+        )
+
+
 def on_primary(action: Callable[[], Any]) -> None:
     """Runs an action on the primary process while the others wait for its end.
 
@@ -133,6 +152,7 @@ def on_primary(action: Callable[[], Any]) -> None:
             action()
         except Exception as raised:
             error = raised
+    meet()
     if jax.process_count() > 1:
         has_failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
         if has_failed and error is None:
@@ -149,6 +169,7 @@ def check_same(what: str, text: str) -> None:
     """
     if jax.process_count() == 1:
         return
+    meet()
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
     digests = multihost_utils.process_allgather(digest)
     different = [i for i, row in enumerate(digests) if (row != digests[0]).any()]

@@ -196,6 +196,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
         del state, restored  # the loop donates the state
         for line in writer.lines():
             loop.last_evaluation |= {key: x for key, x in line.items() if key.startswith("knn/")}
+        distributed.meet()
         if not loop.run():
             loop.save()
             checkpoints.wait()

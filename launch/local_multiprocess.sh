@@ -5,7 +5,7 @@
 #
 # Starts PROCESSES (default 2) copies of `python -m dinov2_jax.train` with DEVICES (default 4) CPU
 # devices each, which find each other on loopback. Arguments after -- go to all of them. Exits with
-# the first code that is not 0, after ending the others. PYTHON and PORT may be set.
+# the first code that is not 0. PYTHON and PORT may be set.
 set -euo pipefail
 
 processes=2 devices=4
@@ -27,20 +27,19 @@ for ((i = 0; i < processes; i++)); do
     JAX_PROCESS_ID=$i "${PYTHON:-python}" -m dinov2_jax.train "$@" &
     pids+=($!)
 done
-# Signals go to the processes, which save and stop; so does the end of one of them.
+# The processes save and stop.
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 
-code=0
-for ((i = 0; i < processes; i++)); do
-    status=0
-    wait -n || status=$?
-    # A signal to this script ends `wait`, not the processes.
-    while [[ $status -gt 128 ]] && kill -0 "${pids[@]}" 2>/dev/null; do
-        status=0
-        wait -n || status=$?
-    done
-    if [[ $status -ne 0 && $code -eq 0 ]]; then
-        code=$status
+code=0 left=$processes
+while ((left > 0)); do
+    status=0 ended=
+    wait -n -p ended || status=$?
+    if [[ -z $ended ]]; then continue; fi # a signal has ended the wait, and no process
+    left=$((left - 1))
+    if [[ $code -eq 0 ]]; then code=$status; fi
+    # Stopped by a signal, they all save and stop; after a failure the others would only wait.
+    if [[ $status -ne 0 && $status -ne 143 && $status -ne 130 ]]; then
+        kill -KILL "${pids[@]}" 2>/dev/null || true
     fi
 done
 exit "$code"
