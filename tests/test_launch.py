@@ -1,9 +1,9 @@
 """The launch recipes: shell scripts are linted, YAML fits its schema, flags and extras exist."""
 
+import ast
 import re
 import shlex
 import subprocess
-import sys
 import sysconfig
 
 import pytest
@@ -90,16 +90,12 @@ def test_the_image_installs_extras_and_files_that_exist():
     extras |= set(re.search(r"DEVICE is (.+?)\.", text)[1].replace(" or", ",").split(", ")) - {
         "cpu"
     }
-    program = "import setuptools, sys; setuptools.setup = lambda **k: print(*k['extras_require']); "
-    program += "exec(open('setup.py').read())"
-    program = program.replace("exec(", "exec(compile('from setuptools import setup\\n' + ").replace(
-        ".read())", ".read(), 'setup.py', 'exec'), {'__file__': 'setup.py', '__name__': 'x'})"
+    (call,) = (
+        node
+        for node in ast.walk(ast.parse((REPOSITORY / "setup.py").read_text()))
+        if isinstance(node, ast.keyword) and node.arg == "extras_require"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    known = set(done.stdout.split())
-    assert extras <= known, (extras - known, done.stderr)
+    assert extras <= {key.value for key in call.value.keys}
     for line in text.splitlines():
         if line.startswith("COPY"):
             for source in shlex.split(line)[1:-1]:
