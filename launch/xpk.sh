@@ -22,7 +22,7 @@ if [[ -n ${IMAGE:-} ]]; then
 else
     image=(--base-docker-image "${BASE_IMAGE:-dinov2_jax:tpu}" --script-dir "$(dirname "$0")/..")
 fi
-flags=$(printf ' %q' --distributed=on "--workdir=$WORKDIR" "--config.mesh.num_slices=$slices" "$@")
+flags=$(printf ' %q' --distributed=on "--workdir=$WORKDIR" "$@")
 
 xpk workload create \
     --cluster "$CLUSTER" \
