@@ -162,9 +162,7 @@ def get_config() -> ConfigDict:
 
     # ---- bookkeeping ---------------------------------------------------------------------------
     config.log_every_steps = 10
-    config.checkpoint_every_steps = (
-        total_steps * 1 // 50
-    )  # 0: at the end only  # 0: at the end only
+    config.checkpoint_every_steps = total_steps * 12_500 // 625_000  # 0: at the end only
     config.eval_every_steps = total_steps * 12_500 // 625_000  # 0: before and at the end only
     config.teacher_every_steps = total_steps * 12_500 // 625_000  # teacher.safetensors; 0: at end
     config.profile_steps = ""  # "10:13" writes a trace of these steps to workdir/profile

@@ -53,6 +53,32 @@ BOOKKEEPING = (
     "data.max_bad_fraction",
 )
 
+# What other code bases call a key, by its last part; small, for what one types from memory.
+SYNONYMS = {
+    name: key
+    for key, names in {
+        "total_steps": "steps num_steps max_steps train_steps iterations epochs num_epochs",
+        "global_batch_size": "batch batch_size",
+        "group_size": "batch_size_per_gpu batch_size_per_device per_device_batch_size",
+        "data.path": "dataset dataset_path data_dir train_dir",
+        "crops.global_crop_size_px": "image_size img_size crop_size resolution",
+        "model.variant": "arch backbone model_name",
+        "model.depth": "num_layers num_blocks",
+        "dino.num_prototypes": "out_dim",
+        "optim.base_learning_rate": "lr base_lr learning_rate",
+        "optim.weight_decay_end": "wd weight_decay",
+        "optim.clip_norm": "grad_clip clip_grad",
+        "teacher.momentum_start": "momentum momentum_teacher ema ema_decay",
+        "dtype": "precision amp",
+        "grad_accumulation_steps": "accum_steps accum_iter",
+        "loader.num_workers": "workers",
+        "log_every_steps": "log_every log_interval print_freq",
+        "checkpoint_every_steps": "save_every save_interval",
+        "wandb_project": "wandb",
+    }.items()
+    for name in names.split()
+}
+
 
 def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
     """Runs a configuration file, applies the overrides and checks the result.
@@ -140,11 +166,21 @@ def nearest(word: str, words) -> str | None:
     return best if best is not None and likeness(best) > 0.6 else None
 
 
+def nearest_key(key: str, known: Sequence[str]) -> str | None:
+    """The known key that an unknown one most likely means: a usual synonym, else the most alike.
+
+    A last part that some known key has ("batch_size") is a synonym only where it stands alone.
+    """
+    last = key.split(".")[-1]
+    is_misplaced = "." in key and any(name.split(".")[-1] == last for name in known)
+    return nearest(key, known) if is_misplaced else SYNONYMS.get(last) or nearest(key, known)
+
+
 def _unknown_key(shown: str, key: str, defaults: Mapping[str, object]) -> str:
     members = sorted(name for name in defaults if name.startswith(f"{key}."))
     if members:
         return f"{shown} is a group of keys, not a value; set one of {', '.join(members)}"
-    suggestion = nearest(key, defaults)
+    suggestion = nearest_key(key, list(defaults))
     cure = f"did you mean {suggestion}?" if suggestion else "configs/base.py lists every key"
     return f"{shown}: no such key; {cure}"
 
@@ -249,7 +285,7 @@ def _explain(error: Exception) -> str:
             return "a configuration file must define get_config()"
         keys = flatten_config(runpy.run_path(str(REPOSITORY / "configs/base.py"))["get_config"]())
         groups = {".".join(name.split(".")[:-1]) for name in keys} - {""}
-        suggestion = nearest(key, [*keys, *groups])
+        suggestion = nearest_key(key, [*keys, *groups])
         cure = f"did you mean {suggestion}?" if suggestion else "configs/base.py lists every key"
         return f"{key}: no such key; {cure}"
     wrong = re.search(r"Could not override field '(\w+)' \(reference\)\. (.*)", text)

@@ -122,13 +122,14 @@ def _fallen(state: Mapping[str, Any], now: Mapping[str, float]) -> list[str]:
 
 
 def nonfinite_terms(metrics: Mapping[str, float]) -> list[str]:
-    """The loss terms of a step that are nan or infinite; else the modules whose gradient is."""
+    """What of a step is nan or infinite: loss terms; else modules' gradients; else the update."""
     terms = [name for name in LOSS_TERMS if not math.isfinite(metrics.get(name, 0.0))]
-    return terms or [
+    gradients = [
         f"the gradient of {name.removeprefix('grad_norm/')}"
         for name, value in metrics.items()
         if name.startswith("grad_norm/") and not math.isfinite(value)
     ]
+    return terms or gradients or ["the update"]
 
 
 def nonfinite_file(workdir: epath.PathLike, step: int) -> epath.Path:

@@ -3,10 +3,11 @@
 Part of the door, like `startup.py`: it reads the configuration so that the rooms need not.
 """
 
+import contextlib
 import functools
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from dinov2_jax.data.image_ops import decode
 from dinov2_jax.data.masking import BlockMasks
 from dinov2_jax.data.multicrop import MultiCrop
 from dinov2_jax.data.pipeline import Batches, make_batches
-from dinov2_jax.data.records import BadImage, Source
+from dinov2_jax.data.records import BadImage, DataError, Source
 from dinov2_jax.data.sources import open_mixture, open_source
 from dinov2_jax.distributed import is_primary
 from dinov2_jax.evals.in_run import InRunEvaluation, crop_identity, labelled_knn
@@ -30,14 +31,26 @@ from dinov2_jax.startup import Trainer, as_config_error, build_augment
 from dinov2_jax.workdir import BadImages
 
 
+@contextlib.contextmanager
+def of_key(key: str) -> Iterator[None]:
+    """Names the key whose source cannot be opened: what opens it knows no keys."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
+
+
 def open_data(config) -> Source:
     """The source of training images.
 
     Raises:
-      DataError: there is nothing usable at data.path.
+      DataError: there is nothing usable at data.path or in data.mixture.
     """
-    data = config.data
-    return open_mixture(tuple(map(tuple, data.mixture))) if data.mixture else open_source(data.path)
+    if config.data.mixture:
+        with of_key("data.mixture"):
+            return open_mixture(tuple(map(tuple, config.data.mixture)))
+    with of_key("data.path"):
+        return open_source(config.data.path)
 
 
 def build_masks(config) -> BlockMasks:
@@ -131,14 +144,19 @@ def build_evaluation(config, trainer: Trainer) -> InRunEvaluation | None:
 
     Raises:
       ConfigError: its sources do not allow what is asked.
+      DataError: there is nothing usable at eval.bank_path or eval.query_path.
     """
     settings = config.eval
     if settings.kind == "none":
         return None
+    with of_key("eval.bank_path"):
+        bank = open_source(settings.bank_path)
+    with of_key("eval.query_path"):
+        queries = open_source(settings.query_path)
     common = {
         "name": evaluation_name(config),
-        "bank": open_source(settings.bank_path),
-        "queries": open_source(settings.query_path),
+        "bank": bank,
+        "queries": queries,
         "apply": lambda params, images: trainer.network.backbone.apply({"params": params}, images),
         "mean": config.augment.mean,
         "std": config.augment.std,

@@ -76,8 +76,8 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, jax.Array], Hyperparameters], tuple[TrainState, Metrics]]:
     """Builds the step `(state, batch, hyperparameters) -> (state, metrics)`, ready for `jax.jit`.
 
-    A step whose loss or gradients are not finite changes nothing but `state.step`; its metric
-    `nonfinite` is 1. Metrics describe the state before the update.
+    A step whose loss, gradients or updates are not finite changes nothing but `state.step`; its
+    metric `nonfinite` is 1. Metrics describe the state before the update.
 
     Args:
       network, optimizer: see `train_state.Network` and `optim.optimizer.make_optimizer`.
@@ -133,7 +133,8 @@ def make_train_step(
             teacher = update_teacher(state.teacher, student, hyper.teacher_momentum)
 
         norms = {f"grad_norm/{name}": norm for name, norm in module_norms(grads).items()}
-        finite = jnp.isfinite(sum(norms.values()) + terms["total_loss"])
+        checked = (terms["total_loss"], *norms.values(), optax.tree.norm(updates))
+        finite = jnp.isfinite(sum(checked))
         learned = state.replace(
             student=student, teacher=teacher, opt_state=opt_state, centers=centers
         )

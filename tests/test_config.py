@@ -108,12 +108,27 @@ def test_values_are_read_as_the_base_has_them():
         ("mask_probability=0.5", "masks.mask_probability"),
         ("optimm.clip_norm=5", "optim.clip_norm"),
         ("seed.x=5", "seed"),
+        ("lr=5", "optim.base_learning_rate"),
+        ("optim.lr=5", "optim.base_learning_rate"),
+        ("learning_rate=5", "optim.base_learning_rate"),
+        ("batch_size=5", "global_batch_size"),
+        ("train.batch_size_per_gpu=5", "group_size"),
+        ("evall.batch_size=5", "eval.batch_size"),
+        ("epochs=5", "total_steps"),
+        ("patch_size=5", "model.patch_size"),
+        ("clip_norm=5", "optim.clip_norm"),
+        ("weight_decay=5", "optim.weight_decay_end"),
     ],
 )
 def test_an_unknown_override_suggests_the_nearest_key(override, suggestion):
     message = _error(override)
     assert message.startswith(f"--config.{override.split('=')[0]}: no such key")
     assert message.endswith(f"did you mean {suggestion}?")
+
+
+def test_synonyms_are_no_keys_and_mean_some():
+    keys = set(flatten_config(_load()))
+    assert set(config_lib.SYNONYMS.values()) <= keys and not set(config_lib.SYNONYMS) & keys
 
 
 @pytest.mark.parametrize(
@@ -143,6 +158,8 @@ def test_a_value_of_the_wrong_type_is_refused(override, complaint):
         ("config.optim.clip_nrm = 5", r":7: clip_nrm: no such key; .*mean optim\.clip_norm\?"),
         ("config.optimm.clip_norm = 5", r":7: optimm: no such key; .*mean optim\?"),
         ("config['optim']['foo'] = 5", r":7: foo: no such key"),
+        ("config.optim.lr = 5", r":7: lr: no such key; .*mean optim\.base_learning_rate\?"),
+        ("config.batch_size = 5", r":7: batch_size: no such key; .*mean global_batch_size\?"),
         ("config.total_steps = 'x'", r":7: .*type"),
         ("config.optim.clip_norm = 'x'", r":7: clip_norm has the wrong type"),
         ("config.checkpoint_every_steps = config.get_ref('total_steps') * 0.1", "type int"),

@@ -107,6 +107,8 @@ def test_nonfinite_terms_are_named_and_else_the_gradients():
     assert guards.nonfinite_terms(metrics) == ["koleo_loss"]
     metrics = {"total_loss": 1.0, "grad_norm/backbone": np.nan, "grad_norm/dino_head": 1.0}
     assert guards.nonfinite_terms(metrics) == ["the gradient of backbone"]
+    metrics = {"total_loss": 1.0, "koleo_loss": 1.0, "grad_norm/backbone": 1.0}
+    assert guards.nonfinite_terms(metrics) == ["the update"]
 
 
 def test_nonfinite_batches_are_saved_and_bounded(tmp_path):

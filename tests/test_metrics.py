@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -79,6 +80,33 @@ def test_wandb_without_the_package_names_the_pip_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"pip install 'dinov2_jax\[wandb\]'"):
         MetricsWriter(tmp_path, restored_step=None, wandb_project="p")
+
+
+class _Wandb:
+    """As much of wandb as the writer uses."""
+
+    def __init__(self):
+        self.started, self.logged, self.finished = [], [], 0
+
+    def init(self, **settings):
+        self.started.append(settings)
+        run = types.SimpleNamespace(id=settings["id"] or f"run{len(self.started)}")
+        run.log = lambda values, *, step: self.logged.append((step, values))
+        run.finish = lambda: setattr(self, "finished", self.finished + 1)
+        return run
+
+
+def test_wandb_gets_the_finite_numbers_and_a_resumed_run_goes_on(tmp_path, monkeypatch):
+    wandb = _Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    settings = dict(wandb_project="p", config={"seed": 3})
+    _write(tmp_path, None, [(1, 1.0), (2, float("nan"))], **settings)
+    _write(tmp_path, 1, [(2, 2.0)], **settings)
+    assert [start["id"] for start in wandb.started] == [None, "run1"]
+    for start in wandb.started:
+        assert start == dict(project="p", id=start["id"], resume="allow", config={"seed": 3})
+    assert wandb.logged == [(1, {"total_loss": 1.0}), (2, {}), (2, {"total_loss": 2.0})]
+    assert wandb.finished == 2
 
 
 def test_environment_has_versions_devices_command_and_revision(tmp_path):

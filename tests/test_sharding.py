@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dinov2_jax import sharding
+from dinov2_jax.objective import LossSettings
 from dinov2_jax.train_state import init_state
 from tests import tiny
 
@@ -67,8 +68,8 @@ def test_rule(path, shape, mesh_shape, spec):
     assert found == spec
 
 
-def run(mesh, *, steps: int = 3) -> tuple[list[dict[str, float]], str]:
-    """A few steps with drop path on, everything cut that can be: metrics, and the program."""
+def run(mesh, *, groups: int = 8, **settings) -> tuple[list[dict[str, float]], str]:
+    """Three steps with drop path on, everything cut that can be: metrics, and the program."""
     network = tiny.make_network(drop_path_rate=0.5)
     optimizer = tiny.make_optimizer_for(network)
     init = functools.partial(
@@ -79,14 +80,14 @@ def run(mesh, *, steps: int = 3) -> tuple[list[dict[str, float]], str]:
         states = sharding.tree_sharding(abstract, mesh, min_size_to_shard_mb=0.0)
         state = jax.jit(init, out_shardings=states)(jax.random.key(0))
         step = jax.jit(
-            tiny.make_step(network, optimizer),
+            tiny.make_step(network, optimizer, **settings),
             in_shardings=(states, sharding.batch_sharding(mesh), None),
             out_shardings=(states, None),
             donate_argnums=0,
         )
         batches = [
-            jax.device_put(tiny.make_batch(seed=seed), sharding.batch_sharding(mesh))
-            for seed in range(steps)
+            jax.device_put(tiny.make_batch(seed=seed, groups=groups), sharding.batch_sharding(mesh))
+            for seed in range(3)
         ]
         step = step.lower(state, batches[0], tiny.HYPER).compile()
         metrics = []
@@ -108,6 +109,23 @@ def test_one_device_equals_eight(one_device, axes):
     eight, program = run(sharding.make_mesh(**axes))
     if "model" not in axes:  # no activation moves to be cut another way
         assert "all-to-all" not in program
+    assert_same_metrics(one_device, eight)
+
+
+@pytest.mark.parametrize(
+    ("axes", "settings"),
+    [
+        (dict(data=4, fsdp=2), dict(losses=LossSettings(centering="softmax_center"))),
+        (dict(data=8), dict(num_micro_batches=2, groups=16)),
+    ],
+    ids=["softmax_centering", "accumulation"],
+)
+def test_one_device_equals_eight_in_other_compositions(axes, settings):
+    one = run(sharding.make_mesh(devices=jax.devices()[:1]), **settings)[0]
+    assert_same_metrics(one, run(sharding.make_mesh(**axes), **settings)[0])
+
+
+def assert_same_metrics(one_device, eight):
     for step, (one, other) in enumerate(zip(one_device, eight, strict=True)):
         assert one.keys() == other.keys()
         for name in one:

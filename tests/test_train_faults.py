@@ -147,7 +147,13 @@ def test_more_bad_images_than_allowed_stop_the_run(cache, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        (dict(data__path="/nowhere"), "nothing found at data.path='/nowhere'"),
+        (dict(data__path="/nowhere"), "data.path: nothing found at '/nowhere'"),
+        (
+            dict(data__path="", data__mixture="(('/no', 1),)"),
+            "data.mixture: nothing found at '/no'",
+        ),
+        (dict(eval__bank_path="/nowhere"), "eval.bank_path: nothing found at '/nowhere'"),
+        (dict(eval__query_path="/nowhere"), "eval.query_path: nothing found at '/nowhere'"),
         (dict(total_step=3), "did you mean total_steps?"),
         (dict(crops__global_crop_size_px=20), "use 16 or 24"),
         (dict(mesh__data=9), "needs 9 devices"),

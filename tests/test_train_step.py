@@ -140,10 +140,11 @@ def _nan_gradient(loss, student):
     return loss + jnp.sqrt(0.0 * jnp.sum(student["backbone"]["cls_token"] ** 2))
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "update"])
 def test_nonfinite_step_changes_only_the_counters(setup, monkeypatch, where):
     network, optimizer, state = setup
     scale = jnp.nan if where == "loss" else 1.0
+    hyper = tiny.HYPER._replace(weight_decay=np.float32(np.nan if where == "update" else 0.1))
     if where == "gradient":
         real = train_step.student_loss
 
@@ -161,9 +162,10 @@ def test_nonfinite_step_changes_only_the_counters(setup, monkeypatch, where):
             augment=lambda crops, parameters: tiny.normalise(crops, parameters) * scale,
         )
     )
-    new, metrics = step(state, tiny.make_batch(), tiny.HYPER)
+    new, metrics = step(state, tiny.make_batch(), hyper)
     assert metrics["nonfinite"] == 1
-    assert np.isfinite(metrics["total_loss"]) == (where == "gradient")
+    assert np.isfinite(metrics["total_loss"]) == (where != "loss")
+    assert np.isfinite(metrics["grad_norm/backbone"]) == (where == "update")
     assert new.step == 1
     for name in ("student", "teacher", "opt_state", "centers"):
         assert_trees_close(getattr(new, name), getattr(state, name), rtol=0)

@@ -76,7 +76,7 @@ class ArrayRecordSource(Source):
             number = {name: i for i, name in enumerate(self.label_names)}
             self._relabel = [[number[name] for name in of_file] for of_file in names]
         self._forget_readers()
-        require_images(self, cure="set data.path to files that 'dinov2_jax.data.pack' has written")
+        require_images(self, cure="use files that 'dinov2_jax.data.pack' has written")
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

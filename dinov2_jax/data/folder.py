@@ -188,5 +188,5 @@ def _folder_cure(found: _Found) -> str:
     if found.shard_example:
         folder, name = os.path.split(found.shard_example)
         pattern = "*.tar" if name.endswith(".tar") else "*.array_record*"
-        return f"for the shards in it set data.path='{os.path.join(folder, pattern)}'"
-    return "set data.path to a folder that holds images, at any depth"
+        return f"for the shards in it use '{os.path.join(folder, pattern)}'"
+    return "use a folder that holds images, at any depth"

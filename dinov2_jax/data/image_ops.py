@@ -158,9 +158,14 @@ def to_pillow(image: np.ndarray) -> list[Image.Image]:
 
 
 def resize_box(
-    planes: list[Image.Image], box: tuple[int, int, int, int], height: int, width: int
+    planes: list[Image.Image],
+    box: tuple[int, int, int, int],
+    height: int,
+    width: int,
+    *,
+    is_flipped: bool = False,
 ) -> np.ndarray:
-    """Crops, then resizes to `height` x `width`.
+    """Crops, then resizes to `height` x `width`, then flips left to right if asked to.
 
     Cropping comes first because `resize(box=...)` also reads pixels around the box, which the
     reference's crop has cut away; measured, the copy costs 5 % of the resize.
@@ -173,12 +178,13 @@ def resize_box(
       uint8 [height, width, c].
     """
     resized = [
-        np.asarray(plane.crop(box).resize((width, height), Image.Resampling.BICUBIC))
-        for plane in planes
+        plane.crop(box).resize((width, height), Image.Resampling.BICUBIC) for plane in planes
     ]
+    if is_flipped:  # by Pillow: numpy takes five times as long to copy a reversed axis
+        resized = [plane.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for plane in resized]
     if len(resized) > 1:
-        return np.stack(resized, axis=-1)
-    return resized[0].reshape(height, width, -1)
+        return np.stack([np.asarray(plane) for plane in resized], axis=-1)
+    return np.asarray(resized[0]).reshape(height, width, -1)
 
 
 def resize_center_crop(image: np.ndarray, resize: int, crop: int) -> np.ndarray:

@@ -104,8 +104,7 @@ class MultiCrop:
                 scale=self.global_crop_scale if is_global else self.local_crop_scale,
                 aspect_ratio=self.aspect_ratio,
             )
-            crop = resize_box(planes, box, out.shape[0], out.shape[1])
-            out[...] = crop[:, ::-1] if flips[i] else crop
+            out[...] = resize_box(planes, box, *out.shape[:2], is_flipped=flips[i])
 
     def draw_augmentation(self, rng: np.random.Generator) -> np.ndarray:
         """Draws float32 [g + l, len(AUGMENT_COLUMNS)], globals first."""

@@ -36,7 +36,7 @@ def open_source(path: str) -> Source:
       DataError: nothing there, nothing usable there, or a package is missing.
     """
     if not path:
-        raise DataError(f"data.path is empty; set --config.data.path to {_KINDS}")
+        raise DataError(f"the path is empty; it must be {_KINDS}")
     if path.startswith("photos:"):
         return PhotosSource(path.removeprefix("photos:"))
     if path.startswith("hf:"):
@@ -51,7 +51,7 @@ def open_source(path: str) -> Source:
     if files and len(patterns) > 1:
         files = patterns  # with those that are missing: the source rejects them by name
     if not files:
-        raise DataError(f"nothing found at data.path='{path}'; it must be {_KINDS}")
+        raise DataError(f"nothing found at '{path}'; it must be {_KINDS}")
     names = [os.path.basename(file) for file in files]
     if path.endswith(".txt") and len(files) == 1:
         return open_list(files[0])
@@ -60,8 +60,7 @@ def open_source(path: str) -> Source:
     if all(name.endswith(".tar") or ".tar." in name or name.endswith(".tgz") for name in names):
         return TarSource(path, files)
     raise DataError(
-        f"{files[0]} at data.path='{path}' is of no known kind (or kinds are mixed); "
-        f"it must be {_KINDS}"
+        f"{files[0]} at '{path}' is of no known kind (or kinds are mixed); it must be {_KINDS}"
     )
 
 

@@ -48,7 +48,7 @@ def test_errors(photo_folder, tmp_path, capsys):
     with pytest.raises(DataError, match=r"num_shards=25 must lie between 1 and .* 24"):
         pack(open_source(str(photo_folder)), str(tmp_path / "out"), num_shards=25)
     assert main(["/no/such/folder", str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err.startswith("error: nothing found at data.path=")
+    assert capsys.readouterr().err.startswith("error: nothing found at '")
 
 
 def test_an_image_that_vanished_is_left_out(photo_folder, tmp_path):

@@ -23,8 +23,8 @@ def test_paths_open_their_kind(photo_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "path, message",
     [
-        ("", "data.path is empty; set --config.data.path to a folder"),
-        ("/no/such/folder", "nothing found at data.path='/no/such/folder'; it must be a folder"),
+        ("", "the path is empty; it must be a folder"),
+        ("/no/such/folder", "nothing found at '/no/such/folder'; it must be a folder"),
         ("/no/such/*.tar", "nothing found"),
         ("/no/such/list.txt", "nothing found"),
     ],
@@ -36,5 +36,5 @@ def test_paths_that_open_nothing(path, message):
 
 def test_files_of_no_known_kind(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"a\.jpg at data\.path=.* is of no known kind"):
+    with pytest.raises(DataError, match=r"a\.jpg at '.*' is of no known kind"):
         open_source(str(tmp_path / "a.jpg"))
