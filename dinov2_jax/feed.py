@@ -21,9 +21,10 @@ class Fed(NamedTuple):
 class Feed:
     """Holds the next batch, already on its way to the device."""
 
-    def __init__(self, batches: Iterator[Batch], mesh: Mesh):
+    def __init__(self, batches: Iterator[Batch], mesh: Mesh, *, num_groups: int):
+        """Takes this host's part of each batch of `num_groups` groups; see `put_batch`."""
         self._batches = iter(batches)
-        self._mesh = mesh
+        self._mesh, self._num_groups = mesh, num_groups
         self.wait_secs = 0.0  # spent waiting for the host's pipeline since it was last reset
         self._next: Fed | None = None
 
@@ -33,7 +34,7 @@ class Feed:
             started = time.perf_counter()
             batch = next(self._batches)
             self.wait_secs += time.perf_counter() - started
-            self._next = Fed(put_batch(batch, self._mesh), batch)
+            self._next = Fed(put_batch(batch, self._mesh, num_groups=self._num_groups), batch)
         return self._next
 
     def take(self) -> Fed:

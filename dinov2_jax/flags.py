@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from dinov2_jax.config import nearest
 from dinov2_jax.config_rules import ConfigError
+from dinov2_jax.distributed import MODES
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -29,6 +30,14 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "--allow_config_change",
         action="store_true",
         help="resume although keys that change results differ",
+    )
+
+    parser.add_argument(
+        "--distributed",
+        default="auto",
+        choices=MODES,
+        help="whether this is one process of several: auto (default) looks for Cloud TPU, SLURM, "
+        "OpenMPI, Kubernetes and JAX_COORDINATOR_ADDRESS; on must find one; off never looks",
     )
 
     def refuse(message: str):

@@ -132,23 +132,23 @@ def nonfinite_terms(metrics: Mapping[str, float]) -> list[str]:
     return terms or gradients or ["the update"]
 
 
-def save_nonfinite(
-    workdir: epath.PathLike, *, step: int, terms: Sequence[str], index: np.ndarray
-) -> epath.Path:
-    """Writes nonfinite/step_<step>.json, from which the batch can be made again.
+def nonfinite_file(workdir: epath.PathLike, step: int) -> epath.Path:
+    """Where a skipped step is written down; `step` updates were done, it included."""
+    return epath.Path(workdir) / NONFINITE_FOLDER / f"step_{step}.json"
+
+
+def save_nonfinite(path: epath.Path, *, step: int, terms: Sequence[str], index: np.ndarray) -> None:
+    """Writes a file from which the batch of a skipped step can be made again.
 
     Args:
-      workdir: of the run.
+      path: of `nonfinite_file`.
       step: updates done, the skipped one included: the batch is that of 0-based step `step - 1`.
       terms: of `nonfinite_terms`.
       index: int64 [b], the batch's positions in the global order.
     """
-    directory = epath.Path(workdir) / NONFINITE_FOLDER
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"step_{step}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"step": step, "terms": list(terms), "index": [int(i) for i in index]}
     path.write_text(json.dumps(content) + "\n")
-    return path
 
 
 def check_nonfinite(count: int, *, limit: int, last: str) -> None:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from einops import rearrange
 from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dinov2_jax.augment import normalize
 from dinov2_jax.data.batch import Batch
@@ -23,7 +24,9 @@ from dinov2_jax.data.multicrop import MultiCrop
 from dinov2_jax.data.pipeline import Batches, make_batches
 from dinov2_jax.data.records import BadImage, DataError, Source
 from dinov2_jax.data.sources import open_mixture, open_source
+from dinov2_jax.distributed import is_primary
 from dinov2_jax.evals.in_run import InRunEvaluation, crop_identity, labelled_knn
+from dinov2_jax.sharding import host_groups
 from dinov2_jax.startup import Trainer, as_config_error, build_augment
 from dinov2_jax.visualize.crops import crops_sheet
 from dinov2_jax.visualize.pca import pca_colors, pca_sheet
@@ -68,8 +71,8 @@ def build_masks(config) -> BlockMasks:
     )
 
 
-def open_batches(config, source: Source, *, start_step: int) -> Batches:
-    """The batches from a step on."""
+def open_batches(config, source: Source, mesh: Mesh, *, start_step: int) -> Batches:
+    """This host's part of the batches from a step on."""
     crops, augment = config.crops, config.augment
     multicrop = MultiCrop(
         global_crop_size_px=crops.global_crop_size_px,
@@ -104,12 +107,11 @@ def open_batches(config, source: Source, *, start_step: int) -> Batches:
         num_workers=config.loader.num_workers,
         num_threads=config.loader.num_threads,
         prefetch_batches=config.loader.prefetch_batches,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        groups=host_groups(mesh, num_groups=config.global_batch_size // config.group_size),
     )
 
 
-def build_bad_images(config, source: Source, workdir: epath.Path) -> BadImages:
+def build_bad_images(config, source: Source, workdir: epath.Path, *, is_writer: bool) -> BadImages:
     """The list of bad images, with those that the scan rejected."""
 
     def explain(record: int) -> tuple[str, str]:
@@ -129,6 +131,7 @@ def build_bad_images(config, source: Source, workdir: epath.Path) -> BadImages:
         num_images=len(source),
         max_fraction=config.data.max_bad_fraction,
         explain=explain,
+        is_writer=is_writer,
     )
 
 
@@ -234,7 +237,8 @@ def draw_patches(config, trainer: Trainer, source: Source, teacher: Any, path: e
     )
     photos = reader.sample(12)
 
-    @jax.jit
+    # Replicated, so that every process can read it.
+    @functools.partial(jax.jit, out_shardings=NamedSharding(trainer.mesh, PartitionSpec()))
     def patches(params, pixels: jax.Array) -> jax.Array:
         image = normalize(pixels[None], mean=config.augment.mean, std=config.augment.std)
         features = trainer.network.backbone.apply({"params": params}, image).patches[0]
@@ -247,4 +251,5 @@ def draw_patches(config, trainer: Trainer, source: Source, teacher: Any, path: e
     ):
         grids = [np.asarray(patches(params, photo.pixels), np.float32) for photo in photos]
         columns[title] = pca_colors(grids)
-    save(pca_sheet(photos, columns), path)
+    if is_primary():
+        save(pca_sheet(photos, columns), path)

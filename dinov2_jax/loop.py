@@ -16,18 +16,14 @@ from etils import epath
 
 from dinov2_jax import guards
 from dinov2_jax.checkpoints import Checkpoints
-from dinov2_jax.convert.safetensors_file import write_safetensors
-from dinov2_jax.convert.state_dict import to_reference
+from dinov2_jax.distributed import Exchange, Word, is_primary
 from dinov2_jax.feed import Feed
 from dinov2_jax.metrics import MetricsWriter
 from dinov2_jax.optim.schedules import Hyperparameters, Schedules
 from dinov2_jax.progress import Display
 from dinov2_jax.rhythm import Rhythm
-from dinov2_jax.signals import StopSignals
 from dinov2_jax.train_state import TrainState
 from dinov2_jax.workdir import BadImages
-
-TEACHER_FILE = "teacher.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,13 +54,12 @@ def new_books() -> dict[str, Any]:
 
 
 class _Dispatched(NamedTuple):
-    """A step on its way, and what the books need of its batch."""
+    """A step on its way, and what the hosts say of its batch."""
 
     step: int  # updates done after it
     metrics: Mapping[str, jax.Array]
     hyper: Hyperparameters
-    index: np.ndarray  # int64 [b]
-    bad_record: np.ndarray  # int64 [b]
+    word: Word
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -84,8 +79,8 @@ class Loop:
       best_metric: the evaluation's number that is shown and watched.
       keep_best: whether the checkpoint with the highest one is kept.
       last_evaluation: the newest value of every evaluation metric, baselines included.
-      teacher_metadata: goes into the header of teacher.safetensors.
-      stop: whether a signal came.
+      write_teacher: (teacher parameters, step) -> None.
+      exchange: with the other processes: bad images, and whether a signal came.
     """
 
     workdir: epath.Path
@@ -106,8 +101,8 @@ class Loop:
     evaluation: str
     best_metric: str
     keep_best: bool
-    teacher_metadata: Mapping[str, str]
-    stop: StopSignals
+    write_teacher: Callable[[Any, int], None]
+    exchange: Exchange
     last_evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -127,12 +122,12 @@ class Loop:
         self._restart_clock()
         while True:
             # What the last step owes is paid even if a signal came: its checkpoint says finished.
-            if self.stop.received is None or self.step == self.rhythm.total:
+            if not self.exchange.stop or self.step == self.rhythm.total:
                 self._between_steps()
             if self.step == self.rhythm.total:
                 self._stop_trace()
                 return True
-            if self.stop.received is not None:
+            if self.exchange.stop:
                 break
             self._one_step()
         self._settle(0)
@@ -153,14 +148,14 @@ class Loop:
         with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
             self.state, metrics = self.train_step(self.state, fed.device, hyper)
         self.step += 1
-        index, bad_record = fed.host.index, fed.host.bad_record
-        self._pending.append(_Dispatched(self.step, metrics, hyper, index, bad_record))
+        word = self.exchange.say(fed.host.bad_record)
+        self._pending.append(_Dispatched(self.step, metrics, hyper, word))
         if self.step < self.rhythm.total:
             try:
                 self.feed.peek()
             except Exception:
                 # A signal to the whole process group (Ctrl-C) ends the data workers as well.
-                if self.stop.received is None:
+                if self.exchange.signals.received is None:
                     raise
         # One step stays in flight, so that the device never waits for the books.
         self._settle(1)
@@ -185,10 +180,10 @@ class Loop:
     def _settle(self, in_flight: int) -> None:
         """Enters all but the newest steps into the books, in order."""
         while len(self._pending) > in_flight:
-            step, metrics, hyper, index, bad_record = self._pending.popleft()
-            self.bad_images.add(bad_record)
+            step, metrics, hyper, word = self._pending.popleft()
+            self.bad_images.add(self.exchange.hear(word))
             if int(metrics["nonfinite"]):
-                self._note_nonfinite(step, jax.device_get(metrics), index)
+                self._note_nonfinite(step, jax.device_get(metrics))
             self._settled += 1
             if step == 1 or self.rhythm.is_due("log", step):
                 self._log(step, jax.device_get(metrics), hyper)
@@ -223,10 +218,13 @@ class Loop:
             self.display.line(f"warning: {warning}")
         return int(warning is not None)
 
-    def _note_nonfinite(self, step: int, metrics: Mapping, index: np.ndarray) -> None:
+    def _note_nonfinite(self, step: int, metrics: Mapping) -> None:
         """Saves what a skipped step was made of; raises when there were too many."""
         terms = guards.nonfinite_terms(metrics)
-        path = guards.save_nonfinite(self.workdir, step=step, terms=terms, index=index)
+        index = np.arange((step - 1) * self.images_per_step, step * self.images_per_step)
+        path = guards.nonfinite_file(self.workdir, step)
+        if is_primary():
+            guards.save_nonfinite(path, step=step, terms=terms, index=index)
         self.books["nonfinite_steps"] += 1
         text = f"step {step} was not finite in {', '.join(terms)} and was skipped; batch in {path}"
         self.display.line(f"warning: {text}")
@@ -247,7 +245,7 @@ class Loop:
         if "evaluate" in due:
             self._evaluate()
         if "teacher" in due:
-            self.write_teacher()
+            self.write_teacher(self.state.teacher, self.step)
         if "checkpoint" in due and step < rhythm.total:
             self.save()
         self._restart_clock()
@@ -276,14 +274,6 @@ class Loop:
             self.checkpoints.keep.best_step = self.step
             if self.step < self.rhythm.total:
                 self.save()
-
-    def write_teacher(self) -> None:
-        """Writes the teacher, backbone and heads, under the reference's names."""
-        write_safetensors(
-            self.workdir / TEACHER_FILE,
-            to_reference(jax.device_get(self.state.teacher)),
-            {**self.teacher_metadata, "step": str(self.step)},
-        )
 
     def _restart_clock(self) -> None:
         """Rates are measured from here: evaluations and saves do not count as training."""

@@ -93,6 +93,10 @@ class MetricsWriter:
         if self._wandb:
             self._wandb.finish()
 
+    def lines(self) -> list[dict[str, Any]]:
+        """All that has been written, in order."""
+        return read_metrics(self.path)
+
     def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """Writes one line. Numbers that JSON does not know (nan, inf) become null.
 
@@ -109,6 +113,17 @@ class MetricsWriter:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(finite, step=step)
+
+
+class NoWriter:
+    """Stands for a `MetricsWriter` on the processes that do not write."""
+
+    def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """Does nothing."""
+
+    def lines(self) -> list[dict[str, Any]]:
+        """None are known."""
+        return []
 
 
 def kept_lines(

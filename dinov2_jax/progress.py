@@ -22,14 +22,15 @@ SECS_BETWEEN_LINES = 5.0
 class Display:
     """Shows how far the run is. A context manager."""
 
-    def __init__(self, *, total_steps: int, step: int):
-        """`step` of `total_steps` are done."""
+    def __init__(self, *, total_steps: int, step: int, is_shown: bool = True):
+        """`step` of `total_steps` are done; a display that is not shown is silent."""
         self._total = total_steps
         self._started = (time.monotonic(), step)
         self._last_line = -SECS_BETWEEN_LINES
         self._bar = None
         console = Console(file=sys.stdout)
-        if console.is_terminal:
+        self._is_shown = is_shown
+        if console.is_terminal and is_shown:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -53,7 +54,7 @@ class Display:
         """Prints a line of its own, above the bar if there is one."""
         if self._bar:
             self._bar.console.print(text, markup=False, highlight=False)
-        else:
+        elif self._is_shown:
             print(text, flush=True)
 
     def advance(self, step: int) -> None:
@@ -71,7 +72,8 @@ class Display:
             self._bar.update(self._task, completed=step, numbers=numbers)
             return
         now = time.monotonic()
-        if now - self._last_line < SECS_BETWEEN_LINES and step < self._total:
+        is_soon = now - self._last_line < SECS_BETWEEN_LINES and step < self._total
+        if is_soon or not self._is_shown:
             return
         self._last_line = now
         print(f"step {step}/{self._total}  {numbers}  {self._time_left(step, now)}", flush=True)

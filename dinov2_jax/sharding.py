@@ -147,10 +147,35 @@ def bytes_per_device(tree, shardings) -> int:
 DEVICE_FIELDS = tuple(name for name in Batch._fields if name not in ("index", "bad_record"))
 
 
-def put_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Copies this host's part of a batch to the devices, as global arrays sharded by rows."""
+def host_groups(mesh: Mesh, *, num_groups: int) -> list[int]:
+    """Which groups of a batch the devices of this process hold, ascending.
+
+    Devices that differ in their place on `model` alone hold the same ones, also on two hosts.
+    """
+    pieces = batch_sharding(mesh).addressable_devices_indices_map((num_groups,)).values()
+    return sorted({group for (piece,) in pieces for group in range(*piece.indices(num_groups))})
+
+
+def put_batch(batch: Batch, mesh: Mesh, *, num_groups: int) -> dict[str, jax.Array]:
+    """Copies this host's part of a batch to its devices, as global arrays cut over the batch axes.
+
+    Args:
+      batch: of the groups `host_groups`, in their order.
+      mesh: of the run.
+      num_groups: in the whole batch, over all hosts.
+    """
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(getattr(batch, name)))
-        for name in DEVICE_FIELDS
-    }
+    place = {group: i for i, group in enumerate(host_groups(mesh, num_groups=num_groups))}
+
+    def put(local: np.ndarray) -> jax.Array:
+        rows = len(local) // len(place)  # of one group
+
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(num_groups * rows)
+            first = place[start // rows] * rows  # a device's groups lie together, here as there
+            return local[first : first + stop - start]
+
+        shape = (num_groups * rows, *local.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, piece)
+
+    return {name: put(np.asarray(getattr(batch, name))) for name in DEVICE_FIELDS}

@@ -15,17 +15,12 @@ HANDLED = (signal.SIGTERM, signal.SIGINT)
 class StopSignals:
     """A context manager; `received` is the number of the signal that came, or None.
 
-    The exit code of a run stopped so is 128 + the signal's number, as a shell reports it: 143
-    after SIGTERM, 130 after SIGINT (Ctrl-C).
+    Another process of the run may receive one too: `distributed.Exchange` tells all.
     """
 
     def __init__(self):
         self.received: int | None = None
         self._previous = {}
-
-    @property
-    def exit_code(self) -> int:
-        return 128 + (self.received or 0)
 
     def __enter__(self) -> "StopSignals":
         # Python lets only the main thread handle signals.

@@ -8,16 +8,18 @@ saved and stopped after SIGTERM and SIGINT (a second signal stops at once, witho
 
 import argparse
 import contextlib
+import functools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from dinov2_jax import config as config_lib
-from dinov2_jax import inputs, report, startup
+from dinov2_jax import distributed, inputs, report, startup
 from dinov2_jax import metrics as metrics_lib
 from dinov2_jax.checkpoints import Checkpoints, KeepPolicy
 from dinov2_jax.config_rules import ConfigError
@@ -30,10 +32,12 @@ from dinov2_jax.loop import Limits, Loop, new_books
 from dinov2_jax.progress import Display, format_secs
 from dinov2_jax.rhythm import Rhythm
 from dinov2_jax.signals import StopSignals
+from dinov2_jax.teacher_file import teacher_writer
 from dinov2_jax.workdir import (
     BAD_IMAGES_FILE,
     CONFIG_FILE,
     WorkdirError,
+    check_shared,
     check_unchanged,
     clear_leftovers,
     is_disk_full,
@@ -52,12 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = parse_flags(sys.argv[1:] if argv is None else argv)
         config = config_lib.load_config(flags.config, flags.overrides)
         workdir = epath.Path(flags.workdir or f"runs/{epath.Path(flags.config).stem}")
-        with StopSignals() as stop:
+        distributed.initialize(flags.distributed)
+        with StopSignals() as signals:
             if flags.dry_run:
                 return dry_run(config, flags.config, workdir)
-            with open_workdir(workdir) as workdir:
-                return train(config, flags, workdir, stop)
-    except (ConfigError, DataError, WorkdirError) as error:
+            with contextlib.ExitStack() as stack:
+                distributed.on_primary(lambda: stack.enter_context(open_workdir(workdir)))
+                return train(config, flags, workdir, signals)
+    except (ConfigError, DataError, WorkdirError, distributed.HostError) as error:
         return _fail(error, WRONG_INPUT)
     except StopRun as error:
         return _fail(error, STOPPED)
@@ -72,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception | str, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    process = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+    print(f"error: {process}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return code
 
 
@@ -89,82 +96,78 @@ def dry_run(config, config_path: str, workdir: epath.Path) -> int:
     return 0
 
 
-def train(config, flags: argparse.Namespace, workdir: epath.Path, stop: StopSignals) -> int:
-    """Starts or resumes the run of a workdir; returns the exit code."""
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"{jax.process_count()} processes: a run is one process on one host; start one, it "
-            "uses all the devices of its host"
-        )
+def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopSignals) -> int:
+    """Starts or resumes the run of a workdir; returns the exit code. Every process calls it."""
+    is_primary = distributed.is_primary()
+    say = functools.partial(print, flush=True) if is_primary else lambda *_: None
+    distributed.check_same("configuration", config_lib.to_json(config))
+    check_shared(workdir)
     keep = KeepPolicy(
         last=config.checkpoints.keep_last, every_steps=config.checkpoints.keep_every_steps
     )
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep))
         if checkpoints.steps():
-            check_unchanged(workdir, config, allow=flags.allow_config_change, say=print)
+            check_unchanged(workdir, config, allow=flags.allow_config_change, say=say)
             if checkpoints.steps()[-1] >= config.total_steps:
-                print(f"{workdir}: this run is finished, all {config.total_steps} steps are done")
+                say(f"{workdir}: this run is finished, all {config.total_steps} steps are done")
                 return 0
         else:
-            clear_leftovers(workdir, (*PICTURES, BAD_IMAGES_FILE, NONFINITE_FOLDER))
+            leftovers = (*PICTURES, BAD_IMAGES_FILE, NONFINITE_FOLDER)
+            distributed.on_primary(lambda: clear_leftovers(workdir, leftovers))
         source = inputs.open_data(config)
-        print(source.describe(), flush=True)
-        bad_images = inputs.build_bad_images(config, source, workdir)
+        say(source.describe())
+        distributed.check_same("number of images", f"{len(source)}")
+        bad_images = inputs.build_bad_images(config, source, workdir, is_writer=is_primary)
         mesh = startup.build_mesh(config)
         stack.enter_context(jax.set_mesh(mesh))
         trainer = startup.build_trainer(config, mesh)
         evaluation = inputs.build_evaluation(config, trainer)
-        print(
+        say(
             startup.describe(
                 config, trainer, config_path=flags.config, workdir=workdir, num_images=len(source)
             )
         )
         if evaluation is not None:
-            print(evaluation.describe())
+            say(evaluation.describe())
         try:
-            restored = checkpoints.restore_latest(trainer.abstract_state, warn=print)
+            restored = checkpoints.restore_latest(trainer.abstract_state, warn=say)
         except ValueError as error:
             raise WorkdirError(
                 f"{error}; if the model was changed, set its keys back as {workdir / CONFIG_FILE} "
                 "has them, or choose another --workdir"
             ) from error
+        spec = describe_model(config, trainer)
         # Only now: a run that could not be restored must keep the configuration it was made with.
-        write_whole(workdir / CONFIG_FILE, config_lib.to_json(config))
-        spec = ModelSpec.from_module(
-            trainer.network.backbone,
-            mean=tuple(config.augment.mean),
-            std=tuple(config.augment.std),
-            resize_size_px=config.eval.resize_size_px,
-            crop_size_px=config.eval.crop_size_px,
-        )
-        write_whole(workdir / SPEC_FILE, spec.to_json())
-        environment = metrics_lib.describe_environment(
-            list(mesh.devices.flat), repository=config_lib.REPOSITORY
-        )
-        metrics_lib.add_environment(workdir, environment)
+        distributed.on_primary(lambda: write_records(config, workdir, mesh, spec))
         step, state, books = restored or (0, trainer.init(), new_books())
         if restored:
-            print(f"resumed from step {step}", flush=True)
-        feed = Feed(stack.enter_context(inputs.open_batches(config, source, start_step=step)), mesh)
-        writer = stack.enter_context(
-            metrics_lib.MetricsWriter(
-                workdir,
-                restored_step=step if restored else None,
-                evaluated_step=books["evaluated_step"],
-                tensorboard=config.tensorboard,
-                wandb_project=config.wandb_project,
-                config=config.to_dict(),
-            )
+            say(f"resumed from step {step}")
+        feed = Feed(
+            stack.enter_context(inputs.open_batches(config, source, mesh, start_step=step)),
+            mesh,
+            num_groups=config.global_batch_size // config.group_size,
         )
-        if config.pictures and not (workdir / CROPS_FILE).exists():
-            inputs.draw_crops(config, feed.peek().host, workdir / CROPS_FILE)
+        writer = metrics_lib.NoWriter()
+        if is_primary:
+            writer = stack.enter_context(
+                metrics_lib.MetricsWriter(
+                    workdir,
+                    restored_step=step if restored else None,
+                    evaluated_step=books["evaluated_step"],
+                    tensorboard=config.tensorboard,
+                    wandb_project=config.wandb_project,
+                    config=config.to_dict(),
+                )
+            )
+            if config.pictures and not (workdir / CROPS_FILE).exists():
+                inputs.draw_crops(config, feed.peek().host, workdir / CROPS_FILE)
         loop = Loop(
             workdir=workdir,
             state=state,
             step=step,
             books=books,
-            train_step=compile_step(trainer, state, feed, step),
+            train_step=compile_step(trainer, state, feed, step, say=say),
             schedules=trainer.schedules,
             feed=feed,
             images_per_step=config.global_batch_size,
@@ -176,21 +179,24 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, stop: StopSign
             ),
             checkpoints=checkpoints,
             writer=writer,
-            display=stack.enter_context(Display(total_steps=config.total_steps, step=step)),
+            display=stack.enter_context(
+                Display(total_steps=config.total_steps, step=step, is_shown=is_primary)
+            ),
             bad_images=bad_images,
             evaluate=inputs.evaluate_with_baselines(evaluation),
             evaluation=json.dumps(config.eval.to_dict()),
             best_metric=f"knn/{inputs.evaluation_name(config)}/cls",
             keep_best=config.checkpoints.keep_best,
-            teacher_metadata={
-                "config": json.dumps(config.to_dict()),
-                METADATA_KEY: spec.to_json(),
-            },
-            stop=stop,
+            write_teacher=teacher_writer(
+                workdir,
+                {"config": json.dumps(config.to_dict()), METADATA_KEY: spec.to_json()},
+            ),
+            exchange=distributed.Exchange(mesh, signals),
         )
         del state, restored  # the loop donates the state
-        for line in metrics_lib.read_metrics(writer.path):
+        for line in writer.lines():
             loop.last_evaluation |= {key: x for key, x in line.items() if key.startswith("knn/")}
+        distributed.meet()
         if not loop.run():
             loop.save()
             checkpoints.wait()
@@ -198,12 +204,32 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, stop: StopSign
             loop.display.line(
                 f"stopped {is_saved}after step {loop.step}; the same command goes on from there"
             )
-            return stop.exit_code
+            return 128 + loop.exchange.stop
         finish(config, loop, trainer, source)
         return 0
 
 
-def compile_step(trainer: startup.Trainer, state, feed: Feed, step: int):
+def describe_model(config, trainer: startup.Trainer) -> ModelSpec:
+    """The backbone's record, which goes with its weights."""
+    return ModelSpec.from_module(
+        trainer.network.backbone,
+        mean=tuple(config.augment.mean),
+        std=tuple(config.augment.std),
+        resize_size_px=config.eval.resize_size_px,
+        crop_size_px=config.eval.crop_size_px,
+    )
+
+
+def write_records(config, workdir: epath.Path, mesh: Mesh, spec: ModelSpec) -> None:
+    """Writes what the run is: config.json, model.json, and this start in environment.json."""
+    write_whole(workdir / CONFIG_FILE, config_lib.to_json(config))
+    write_whole(workdir / SPEC_FILE, spec.to_json())
+    devices = list(mesh.devices.flat)
+    environment = metrics_lib.describe_environment(devices, repository=config_lib.REPOSITORY)
+    metrics_lib.add_environment(workdir, environment)
+
+
+def compile_step(trainer: startup.Trainer, state, feed: Feed, step: int, *, say: Callable):
     """Compiles the train step for the batches of this run, and says how long that took."""
     started = time.perf_counter()
     lowered = trainer.train_step.lower(state, feed.peek().device, trainer.schedules.at(step))
@@ -212,7 +238,7 @@ def compile_step(trainer: startup.Trainer, state, feed: Feed, step: int):
     memory = compiled.memory_analysis()
     if memory is not None:
         text += f"; it needs {report.megabytes(memory.temp_size_in_bytes)} beside the state"
-    print(text, flush=True)
+    say(text)
     return compiled
 
 

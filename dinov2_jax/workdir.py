@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +17,11 @@ from etils import epath
 
 from dinov2_jax.config import compare_configs
 from dinov2_jax.data.records import DataError
+from dinov2_jax.distributed import check_same
 
 CONFIG_FILE = "config.json"
 BAD_IMAGES_FILE = "bad_images.txt"
+LOCK_FILE = ".lock"
 
 
 class WorkdirError(RuntimeError):
@@ -36,13 +39,12 @@ def open_workdir(path: epath.PathLike) -> Iterator[epath.Path]:
     lock = None
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".lock"
-        if "://" in str(workdir):
-            probe.write_text("")  # object stores have no locks
-        else:
+        probe = workdir / LOCK_FILE
+        if "://" not in str(workdir):  # object stores have no locks
             # Released when the process ends, in whatever way.
-            lock = open(probe, "w")
+            lock = open(probe, "a")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        probe.write_text(secrets.token_hex())
     except BlockingIOError as error:
         lock.close()
         raise WorkdirError(
@@ -57,6 +59,17 @@ def open_workdir(path: epath.PathLike) -> Iterator[epath.Path]:
     finally:
         if lock is not None:
             lock.close()
+
+
+def check_shared(workdir: epath.Path) -> None:
+    """Checks that all processes see the workdir which the primary one has opened.
+
+    Raises:
+      HostError: on every process, if one sees another.
+    """
+    lock = workdir / LOCK_FILE
+    token = lock.read_text() if lock.exists() else "nothing"
+    check_same(f"folder at --workdir={workdir} (it must be shared by all hosts)", token)
 
 
 def write_whole(path: epath.Path, text: str) -> None:
@@ -115,6 +128,7 @@ class BadImages:
         num_images: int,
         max_fraction: float,
         explain: Callable[[int], tuple[str, str]],
+        is_writer: bool = True,
     ):
         """Opens the list, and enters what was rejected at the scan.
 
@@ -125,6 +139,7 @@ class BadImages:
           max_fraction: share of all of them above which the run must stop; unless it is 0, a
             single bad image never stops it.
           explain: record number -> (name, reason).
+          is_writer: False: another process writes the list, this one only counts.
 
         Raises:
           DataError: more were rejected than `max_fraction` allows.
@@ -137,6 +152,7 @@ class BadImages:
         self._rejected, self._explain = len(rejected), explain
         self._num_images, self._max_fraction = num_images + len(rejected), max_fraction
         self.records: set[int] = set()  # those found bad when they were decoded
+        self._is_writer = is_writer
         for name, reason in rejected:
             self._name(name, reason)
         self._check()
@@ -154,7 +170,8 @@ class BadImages:
         """
         for record in sorted(set(bad_record[bad_record >= 0].tolist()) - self.records):
             self.records.add(record)
-            self._name(*self._explain(record))
+            if self._is_writer:
+                self._name(*self._explain(record))
         self._check()
 
     def _check(self) -> None:
@@ -168,7 +185,7 @@ class BadImages:
 
     def _name(self, name: str, reason: str) -> None:
         name, reason = (" ".join(text.split()) for text in (name, reason))
-        if name in self._named:
+        if name in self._named or not self._is_writer:
             return
         self._named.add(name)
         with self._path.open("a") as file:

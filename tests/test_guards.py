@@ -112,7 +112,8 @@ def test_nonfinite_terms_are_named_and_else_the_gradients():
 
 
 def test_nonfinite_batches_are_saved_and_bounded(tmp_path):
-    path = guards.save_nonfinite(tmp_path, step=7, terms=["koleo_loss"], index=np.arange(24, 28))
+    path = guards.nonfinite_file(tmp_path, 7)
+    guards.save_nonfinite(path, step=7, terms=["koleo_loss"], index=np.arange(24, 28))
     assert json.loads(path.read_text()) == {
         "step": 7,
         "terms": ["koleo_loss"],

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = (
     ("data",),
     ("losses", "optim", "models", "convert", "augment", "neighbors", "config_rules", "preprocess"),
-    ("sharding", "config", "hub"),
+    ("sharding", "config", "hub", "distributed", "signals"),
     ("model",),
     ("train_state",),
     ("objective",),
@@ -27,7 +27,7 @@ LEVELS = (
         "metrics",
         "guards",
         "progress",
-        "signals",
+        "teacher_file",
         "workdir",
         "feed",
         "rhythm",

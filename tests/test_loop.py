@@ -7,10 +7,12 @@ import types
 import numpy as np
 import pytest
 
+from dinov2_jax.distributed import Exchange
 from dinov2_jax.guards import StopRun
 from dinov2_jax.loop import Limits, Loop, new_books
 from dinov2_jax.optim.schedules import Hyperparameters
 from dinov2_jax.rhythm import Rhythm
+from dinov2_jax.sharding import make_mesh
 
 
 def test_books_are_json():
@@ -38,11 +40,11 @@ class _Anything:
 
 def _loop(calls, *, stop_at: int, total: int = 3, evaluate=None, keep_best=False):
     """A loop whose parts do nothing; a signal comes while step `stop_at` runs."""
-    stop, parts = types.SimpleNamespace(received=None), _Anything(calls)
+    signals, parts = types.SimpleNamespace(received=None), _Anything(calls)
 
     def train_step(state, batch, hyper):
         if state + 1 == stop_at:
-            stop.received = 15
+            signals.received = 15
         return state + 1, {"nonfinite": 0, "total_loss": 1.0}
 
     def evaluate_teacher(teacher, step):
@@ -72,10 +74,9 @@ def _loop(calls, *, stop_at: int, total: int = 3, evaluate=None, keep_best=False
         evaluation="x",
         best_metric="knn/x/cls",
         keep_best=keep_best,
-        teacher_metadata={},
-        stop=stop,
+        write_teacher=lambda teacher, step: calls.append(("teacher", step)),
+        exchange=Exchange(make_mesh(), signals),
     )
-    loop.write_teacher = lambda: calls.append(("teacher", loop.step))
     return loop
 
 

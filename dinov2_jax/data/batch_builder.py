@@ -5,6 +5,7 @@ replaced by another, chosen by the same rule, and named.
 """
 
 import concurrent.futures
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class BatchBuilder:
       source, seed, multicrop, masks, num_channels, max_image_pixels: see `make_batches`.
       global_batch_size: over all hosts.
       group_size: images in a group.
-      first_row, num_rows: this host's images within the global batch, whole groups.
+      groups: this host's part of the batch: which of its groups, ascending.
       num_threads: that decode and crop; 1: the caller's.
     """
 
@@ -36,8 +37,7 @@ class BatchBuilder:
         seed: int,
         global_batch_size: int,
         group_size: int,
-        first_row: int,
-        num_rows: int,
+        groups: Sequence[int],
         multicrop: MultiCrop,
         masks: BlockMasks,
         num_channels: int,
@@ -50,7 +50,7 @@ class BatchBuilder:
             tuple(len(part) for part in parts), seed=seed, weights=getattr(source, "weights", ())
         )
         self._global_batch_size, self._group_size = global_batch_size, group_size
-        self._first_row, self._num_rows = first_row, num_rows
+        self._groups = tuple(groups)
         self._multicrop, self._masks = multicrop, masks
         self._reading = {"num_channels": num_channels, "max_pixels": max_image_pixels}
         self.num_threads = num_threads
@@ -58,21 +58,21 @@ class BatchBuilder:
 
     def __call__(self, step: int) -> Batch:
         """Builds the batch of a step (steps count from 0)."""
-        first = int(step) * self._global_batch_size + self._first_row
-        batch = self._allocate(np.arange(first, first + self._num_rows, dtype=np.int64))
+        size = self._group_size
+        # Groups and images are numbered through from the first step of the run on.
+        groups = int(step) * (self._global_batch_size // size) + np.array(self._groups, np.int64)
+        batch = self._allocate((groups[:, None] * size + np.arange(size)).ravel())
+        rows = range(len(batch.index))
         if self.num_threads == 1:
-            for row in range(self._num_rows):
+            for row in rows:
                 self._fill_row(batch, row)
         else:
-            list(self._threads().map(lambda row: self._fill_row(batch, row), range(self._num_rows)))
-        first_group = first // self._group_size
-        for group in range(self._num_rows // self._group_size):
-            masks, indices, weights = self._masks(
-                stream_rng(self._seed, MASKS, first_group + group)
-            )
-            batch.masks[group] = masks
-            batch.mask_indices[group] = indices
-            batch.mask_weights[group] = weights
+            list(self._threads().map(lambda row: self._fill_row(batch, row), rows))
+        for i, group in enumerate(groups.tolist()):
+            masks, indices, weights = self._masks(stream_rng(self._seed, MASKS, group))
+            batch.masks[i] = masks
+            batch.mask_indices[i] = indices
+            batch.mask_weights[i] = weights
         return batch
 
     def close(self) -> None:
@@ -106,7 +106,7 @@ class BatchBuilder:
         )
 
     def _allocate(self, index: np.ndarray) -> Batch:
-        rows, groups = self._num_rows, self._num_rows // self._group_size
+        rows, groups = len(index), len(self._groups)
         crops, masks = self._multicrop, self._masks
         large, small = crops.global_crop_size_px, crops.local_crop_size_px
         channels = self._reading["num_channels"]

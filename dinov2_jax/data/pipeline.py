@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -115,8 +115,7 @@ def make_batches(
     num_workers: int = 0,
     num_threads: int = 4,
     prefetch_batches: int = 4,
-    process_index: int = 0,
-    process_count: int = 1,
+    groups: Sequence[int] | None = None,
 ) -> Batches:
     """Iterates over the batches of the steps `start_step` to `total_steps - 1`.
 
@@ -127,7 +126,7 @@ def make_batches(
       source: of `open_source` or `open_mixture`.
       seed: at least 0; of order, crops, augmentation and masks.
       global_batch_size: images a step, over all hosts.
-      group_size: images a group; divides each host's share of the batch.
+      group_size: images a group; divides the batch.
       multicrop: what is cut from each image.
       masks: of one group; its `num_crops` must be 2 * group_size.
       num_channels: 1, 3 or 4 (any for sources of arrays).
@@ -135,31 +134,29 @@ def make_batches(
       num_workers: processes, each of which builds whole batches; 0: threads of this process.
       num_threads: in each process.
       prefetch_batches: built ahead of use, about.
-      process_index, process_count: this host among all; it gets the images
-        `[process_index, process_index + 1) * global_batch_size / process_count` of each batch.
+      groups: which groups of each batch this host builds, ascending; None: all.
 
     Raises:
       ValueError: sizes that do not divide each other.
     """
-    if global_batch_size % (group_size * process_count):
-        raise ValueError(
-            f"{global_batch_size=} must be a multiple of {group_size=} times {process_count=}: "
-            "every host builds whole groups"
-        )
+    if global_batch_size % group_size:
+        raise ValueError(f"{global_batch_size=} must be a multiple of {group_size=}")
+    num_groups = global_batch_size // group_size
+    groups = range(num_groups) if groups is None else sorted(groups)
+    if not set(groups) <= set(range(num_groups)):
+        raise ValueError(f"groups={list(groups)} must be some of the batch's {num_groups}")
     if masks.num_crops != NUM_GLOBAL_CROPS * group_size:
         raise ValueError(
             f"{masks.num_crops=} must be 2 * {group_size=}: masks are drawn over a group's crops"
         )
     if not 0 <= start_step <= total_steps:
         raise ValueError(f"{start_step=} must lie between 0 and {total_steps=}")
-    num_rows = global_batch_size // process_count
     builder = BatchBuilder(
         source=source,
         seed=seed,
         global_batch_size=global_batch_size,
         group_size=group_size,
-        first_row=process_index * num_rows,
-        num_rows=num_rows,
+        groups=groups,
         multicrop=multicrop,
         masks=masks,
         num_channels=num_channels,

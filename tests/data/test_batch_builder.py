@@ -37,7 +37,7 @@ def test_replacements_are_the_same_on_any_host_and_thread():
     whole = read_batches(source)
     assert (whole[0].bad_record >= 0).any()
     assert_same(read_batches(source, num_threads=8), whole)
-    halves = [read_batches(source, process_index=i, process_count=2) for i in (0, 1)]
+    halves = [read_batches(source, groups=groups) for groups in ([0, 1], [2, 3])]
     np.testing.assert_array_equal(
         np.concatenate([half[2].global_crops for half in halves]), whole[2].global_crops
     )

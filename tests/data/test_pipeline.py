@@ -87,19 +87,19 @@ def test_images_are_cropped_differently_each_time(photo_folder):
     assert len({masks.tobytes() for masks in batch.masks}) == 4
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_hosts_share_one_batch(photo_folder, process_count):
+@pytest.mark.parametrize(
+    "parts", [[[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 3], [1, 2]]], ids=["2", "4", "mixed"]
+)
+def test_hosts_share_one_batch(photo_folder, parts):
+    """Whichever groups a host builds, it builds them as a single host would."""
     source = open_source(str(photo_folder))
     whole = read_batches(source)
-    parts = [
-        read_batches(source, process_index=i, process_count=process_count)
-        for i in range(process_count)
-    ]
-    joined = [
-        Batch(*(np.concatenate(arrays) for arrays in zip(*same_step, strict=True)))
-        for same_step in zip(*parts, strict=True)
-    ]
-    assert_same(joined, whole)
+    for groups in parts:
+        rows = [2 * group + i for group in groups for i in range(2)]
+        expected = [
+            Batch(*(x[groups] if len(x) == 4 else x[rows] for x in batch)) for batch in whole
+        ]
+        assert_same(read_batches(source, groups=groups), expected)
 
 
 @pytest.mark.parametrize("settings_", [{"num_threads": 8}, {"num_threads": 2}])
@@ -171,7 +171,7 @@ def test_channel_numbers(photo_folder, num_channels):
     "wrong, message",
     [
         ({"global_batch_size": 9}, "global_batch_size=9 must be a multiple of group_size=2"),
-        ({"process_count": 8}, "times process_count=8: every host builds whole groups"),
+        ({"groups": [1, 4]}, r"groups=\[1, 4\] must be some of the batch's 4"),
         ({"masks": BlockMasks(rows=4, cols=4, num_crops=2)}, r"must be 2 \* group_size=2"),
         ({"start_step": 5}, "start_step=5 must lie between 0 and total_steps=4"),
     ],

@@ -1,0 +1,245 @@
+"""Several processes as one run: how they find each other, what they tell each other, who writes.
+
+Every process runs the same program on its own devices; arrays are global. What only one host can
+know (a bad image, a signal) goes round once a step, so that all decide alike at the same step.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import itertools
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dinov2_jax.signals import StopSignals
+
+MODES = ("auto", "on", "off")
+# What a launcher sets where nothing can be detected.
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# Variables that name one task among several: SLURM inside `srun`, OpenMPI.
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+_OPENMPI = ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE")
+
+_MEETINGS = itertools.count()  # every meeting needs a name of its own
+_MEETING_SECS = 3600
+
+
+class HostError(RuntimeError):
+    """Hosts that cannot work together; its text is one line for the user."""
+
+
+def detect(environ: Mapping[str, str], *, has_tpu: bool) -> dict[str, Any] | None:
+    """Arguments of `jax.distributed.initialize` for this environment; None: a single process.
+
+    Args:
+      environ: environment variables.
+      has_tpu: whether this is a Cloud TPU machine (`has_cloud_tpu`).
+
+    Raises:
+      HostError: the variables are there in part, or are no numbers.
+    """
+    given = [name for name in (ADDRESS, COUNT, INDEX) if environ.get(name)]
+    if COUNT in given or INDEX in given:
+        if len(given) < 3:
+            raise HostError(
+                f"{' and '.join(given)} without the others; set {ADDRESS}, {COUNT} and {INDEX} "
+                "together, or --distributed=off"
+            )
+        try:
+            count, index = int(environ[COUNT]), int(environ[INDEX])
+        except ValueError as error:
+            raise HostError(f"{COUNT} and {INDEX} must be whole numbers ({error})") from error
+        return {
+            "coordinator_address": environ[ADDRESS],
+            "num_processes": count,
+            "process_id": index,
+            "cluster_detection_method": "deactivate",
+        }
+    if has_tpu:
+        return {}
+    if all(environ.get(name) for name in _SLURM) and int(environ["SLURM_NTASKS"]) > 1:
+        gpus = int(environ.get("SLURM_GPUS_ON_NODE") or 0)
+        tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_NTASKS_PER_NODE", "")
+        # JAX gives a task of SLURM one GPU; a task that is alone on its node gets them all.
+        is_alone = tasks.split("(")[0] == "1" and gpus > 1
+        local = {"local_device_ids": list(range(gpus))} if is_alone else {}
+        return {"cluster_detection_method": "slurm", **local}
+    if all(environ.get(name) for name in _OPENMPI) and int(environ["OMPI_COMM_WORLD_SIZE"]) > 1:
+        return {"cluster_detection_method": "ompi"}
+    if environ.get("KUBERNETES_SERVICE_HOST") and environ.get("JOB_COMPLETION_INDEX"):
+        return {"cluster_detection_method": "k8s"}
+    return None
+
+
+def has_cloud_tpu() -> bool:
+    """Whether this machine has TPU chips and the library that drives them."""
+    if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] not in ("tpu", ""):
+        return False
+    chips = [*pathlib.Path("/dev").glob("accel*"), *pathlib.Path("/dev/vfio").glob("[0-9]*")]
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def initialize(mode: str = "auto") -> None:
+    """Joins the other processes of this run, if there are any. Before any other use of jax.
+
+    Args:
+      mode: "auto" joins where the environment says that there are others (Cloud TPU, SLURM,
+        OpenMPI, an indexed Kubernetes Job, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+        JAX_PROCESS_ID); "on" must find them; "off" never looks.
+
+    Raises:
+      HostError: they cannot be found or reached, or an unknown mode.
+    """
+    if mode not in MODES:
+        raise HostError(f"--distributed={mode} must be one of {', '.join(MODES)}")
+    if mode == "off":
+        return
+    arguments = detect(os.environ, has_tpu=has_cloud_tpu())
+    if arguments is None:
+        if mode == "auto":
+            return
+        raise HostError(
+            "--distributed=on, but nothing says where the other processes are: start them by "
+            f"SLURM, OpenMPI, Kubernetes or on Cloud TPU, or set {ADDRESS}, {COUNT} and {INDEX}"
+        )
+    try:
+        jax.distributed.initialize(**arguments)
+    # Whatever the cluster's services raise: RuntimeError, ValueError, OSError, grpc's own.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise HostError(
+            f"the processes of this run did not find each other ({reason}); check that all were "
+            "started, or use --distributed=off for a single one"
+        ) from error
+
+
+def is_primary() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return jax.process_index() == 0
+
+
+def meet() -> None:
+    """Waits until every process has come here, however long one of them compiles or reads.
+
+    By way of the coordinator: the first collective of some devices gives up after half a minute.
+    """
+    if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
+        multihost.sync_global_processes(
+            f"dinov2_jax meets {next(_MEETINGS)}",
+            processes=set(range(jax.process_count())),
+            timeout=_MEETING_SECS,
+        )
+
+
+def on_primary(action: Callable[[], Any]) -> None:
+    """Runs an action on the primary process while the others wait for its end.
+
+    Raises:
+      HostError: on the others, if it failed; on the primary process its own error.
+    """
+    error = None
+    if is_primary():
+        try:
+            action()
+        except Exception as raised:
+            error = raised
+    meet()
+    if jax.process_count() > 1:
+        has_failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
+        if has_failed and error is None:
+            raise HostError("process 0 could not go on; its own message says why")
+    if error is not None:
+        raise error
+
+
+def check_same(what: str, text: str) -> None:
+    """Checks that every process has the same text, such as its configuration.
+
+    Raises:
+      HostError: on every process, if one differs.
+    """
+    if jax.process_count() == 1:
+        return
+    meet()
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
+    digests = multihost_utils.process_allgather(digest)
+    different = [i for i, row in enumerate(digests) if (row != digests[0]).any()]
+    if different:
+        raise HostError(
+            f"processes {different} have another {what} than process 0; start all with the same "
+            "command, code and data"
+        )
+
+
+def fetch(tree: Any) -> Any:
+    """A tree of global arrays as numpy, whole, on every process: all of them must call it."""
+
+    def fetch_leaf(leaf: jax.Array) -> np.ndarray:
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return jax.device_get(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(fetch_leaf, tree)
+
+
+# What was said in one step: of several processes still on its way.
+Word = np.ndarray | jax.Array
+
+
+@dataclasses.dataclass
+class Exchange:
+    """Tells all processes, once a step, what each of them knows.
+
+    Attributes:
+      mesh: of the run; all processes have devices in it.
+      signals: of this process.
+    """
+
+    mesh: Mesh
+    signals: StopSignals
+
+    def __post_init__(self):
+        self._count, self._agreed = jax.process_count(), 0
+        self._of_device = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        self._gather = jax.jit(lambda x: x, out_shardings=everywhere)
+
+    @property
+    def stop(self) -> int:
+        """The number of the signal that all processes act on from now on; 0: none."""
+        return self._agreed if self._count > 1 else self.signals.received or 0
+
+    def say(self, bad_record: np.ndarray) -> Word:
+        """Sends this process's word on a step; returns at once.
+
+        Args:
+          bad_record: int64 `[rows]` of this process's images, see `Batch`; as many on each.
+        """
+        if self._count == 1:
+            return bad_record
+        # Two int32 a number: the devices have no int64. Each device of a process says the same.
+        own = np.append(bad_record.astype(np.int64), self.signals.received or 0).view(np.int32)
+        shape = (self.mesh.size, len(own))
+        said = jax.make_array_from_callback(shape, self._of_device, lambda _: own[None])
+        return self._gather(said)
+
+    def hear(self, word: Word) -> np.ndarray:
+        """Waits for what all have said of a step: their bad records, int64 `[any]`.
+
+        Every process hears the words in the same order, and knows of a signal to any of them from
+        the same word on.
+        """
+        if self._count == 1:
+            return word
+        said = np.ascontiguousarray(word).view(np.int64)  # [devices, rows + 1]
+        self._agreed = max(self._agreed, int(said[:, -1].max()))
+        return said[:, :-1].ravel()

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Trains on Cloud TPU virtual machines: a slice of any size, on demand or as a spot reservation.
+#
+#   launch/tpu_vm.sh create            asks for the slice and waits until it is there
+#   launch/tpu_vm.sh setup             copies this repository to every host and installs it
+#   launch/tpu_vm.sh run [FLAGS]       starts, or resumes, the run on every host
+#   launch/tpu_vm.sh logs              follows the first host's output
+#   launch/tpu_vm.sh stop              SIGTERM: all hosts save together and stop
+#   launch/tpu_vm.sh delete
+#
+# Set in the environment: NAME (of the slice), ZONE, ACCELERATOR (such as v5litepod-256), WORKDIR
+# (gs://bucket/folder, which all hosts can write). Optional: PROJECT, VERSION (of the software;
+# default v2-alpha-tpuv5-lite for v5e), SPOT=1, QUEUED=1 (ask by a queued resource). FLAGS go to
+# `python -m dinov2_jax.train`; a preempted slice is created again and `run` goes on.
+set -euo pipefail
+
+: "${NAME:?set NAME to the name of the slice}" "${ZONE:?set ZONE, such as us-west4-a}"
+repository=$(cd "$(dirname "$0")/.." && pwd)
+where=(--zone "$ZONE" ${PROJECT:+--project "$PROJECT"})
+
+# Runs a command on every host of the slice.
+everywhere() {
+    gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=all --command "$1"
+}
+
+case ${1:-} in
+create)
+    : "${ACCELERATOR:?set ACCELERATOR, such as v5litepod-256}"
+    version=${VERSION:-v2-alpha-tpuv5-lite}
+    if [[ -n ${QUEUED:-} ]]; then
+        gcloud compute tpus queued-resources create "$NAME" --node-id "$NAME" "${where[@]}" \
+            --accelerator-type "$ACCELERATOR" --runtime-version "$version" ${SPOT:+--spot}
+        until gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" \
+            --format 'value(state.state)' | grep -q '^ACTIVE$'; do
+            sleep 30
+        done
+    else
+        gcloud compute tpus tpu-vm create "$NAME" "${where[@]}" \
+            --accelerator-type "$ACCELERATOR" --version "$version" ${SPOT:+--spot}
+    fi
+    ;;
+setup)
+    archive=$(mktemp --suffix .tar.gz)
+    trap 'rm -f "$archive"' EXIT
+    git -C "$repository" archive --format tar.gz --prefix dinov2_jax/ --output "$archive" HEAD
+    gcloud compute tpus tpu-vm scp "$archive" "$NAME:dinov2_jax.tar.gz" "${where[@]}" --worker=all
+    everywhere "tar xzf dinov2_jax.tar.gz && python3 -m venv ~/venv &&
+        ~/venv/bin/pip install --quiet -e './dinov2_jax[tpu,gcs]'"
+    ;;
+run)
+    shift
+    : "${WORKDIR:?set WORKDIR to gs://bucket/folder}"
+    flags=$(printf ' %q' "$@")
+    # In the background of every host, so that a lost connection does not end the run.
+    everywhere "cd dinov2_jax && nohup ~/venv/bin/python -m dinov2_jax.train --distributed=on \
+        --workdir=$(printf %q "$WORKDIR")$flags > ~/train.log 2>&1 < /dev/null & sleep 5; tail -n 3 ~/train.log"
+    ;;
+logs)
+    gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=0 --command 'tail -n 50 -F ~/train.log'
+    ;;
+stop)
+    everywhere 'pkill -TERM -f dinov2_jax.train || true'
+    ;;
+delete)
+    if [[ -n ${QUEUED:-} ]]; then
+        gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force --quiet
+    else
+        gcloud compute tpus tpu-vm delete "$NAME" "${where[@]}" --quiet
+    fi
+    ;;
+*)
+    sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+    ;;
+esac

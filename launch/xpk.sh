@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Trains on TPU slices of a GKE cluster by xpk (github.com/AI-Hypercomputer/xpk).
+#
+#   launch/xpk.sh --config=configs/vitg14.py --config.data.path='gs://bucket/images/*.tar' ...
+#
+# Set in the environment: CLUSTER, TPU_TYPE (such as v5litepod-256), WORKDIR (gs://bucket/folder).
+# Optional: WORKLOAD (its name), NUM_SLICES (default 1), IMAGE (a pushed image of launch/Dockerfile;
+# without it this folder is put on top of BASE_IMAGE), PROJECT, ZONE, PRIORITY. The same command
+# under a new WORKLOAD goes on from the last checkpoint.
+set -euo pipefail
+
+: "${CLUSTER:?set CLUSTER}" "${TPU_TYPE:?set TPU_TYPE, such as v5litepod-256}"
+: "${WORKDIR:?set WORKDIR to gs://bucket/folder}"
+slices=${NUM_SLICES:-1}
+if [[ $# -eq 0 ]]; then
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+
+if [[ -n ${IMAGE:-} ]]; then
+    image=(--docker-image "$IMAGE")
+else
+    image=(--base-docker-image "${BASE_IMAGE:-dinov2_jax:tpu}" --script-dir "$(dirname "$0")/..")
+fi
+flags=$(printf ' %q' --distributed=on "--workdir=$WORKDIR" "$@")
+
+xpk workload create \
+    --cluster "$CLUSTER" \
+    --workload "${WORKLOAD:-dinov2-$(date +%m%d-%H%M)}" \
+    --tpu-type "$TPU_TYPE" \
+    --num-slices "$slices" \
+    --max-restarts 20 \
+    ${PRIORITY:+--priority "$PRIORITY"} ${PROJECT:+--project "$PROJECT"} ${ZONE:+--zone "$ZONE"} \
+    "${image[@]}" \
+    --command "python -m dinov2_jax.train$flags"

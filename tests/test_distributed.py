@@ -1,0 +1,132 @@
+"""Which environments are taken for one process of several, and what a single process does."""
+
+import types
+
+import numpy as np
+import pytest
+
+from dinov2_jax import distributed
+from dinov2_jax.distributed import Exchange, HostError, detect
+from dinov2_jax.sharding import make_mesh
+
+SLURM = dict(
+    SLURM_JOB_ID="7",
+    SLURM_STEP_NODELIST="node[1-4]",
+    SLURM_NTASKS="4",
+    SLURM_PROCID="1",
+    SLURM_LOCALID="0",
+)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        (
+            dict(JAX_COORDINATOR_ADDRESS="h:1", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1", **SLURM),
+            dict(
+                coordinator_address="h:1",
+                num_processes=2,
+                process_id=1,
+                cluster_detection_method="deactivate",
+            ),
+        ),
+        (SLURM, dict(cluster_detection_method="slurm")),
+        (SLURM | dict(SLURM_NTASKS="1"), None),
+        # `salloc` without `srun`: no step.
+        ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, None),
+        # One GPU a task is JAX's own rule; a task alone on its node gets all of them.
+        (
+            SLURM | dict(SLURM_STEP_TASKS_PER_NODE="1(x4)", SLURM_GPUS_ON_NODE="8"),
+            dict(cluster_detection_method="slurm", local_device_ids=list(range(8))),
+        ),
+        (
+            SLURM | dict(SLURM_STEP_TASKS_PER_NODE="8(x4)", SLURM_GPUS_ON_NODE="8"),
+            dict(cluster_detection_method="slurm"),
+        ),
+        (
+            dict(OMPI_MCA_orte_hnp_uri="1.0;tcp://a:1", OMPI_COMM_WORLD_SIZE="2"),
+            dict(cluster_detection_method="ompi"),
+        ),
+        (dict(OMPI_MCA_orte_hnp_uri="1.0;tcp://a:1", OMPI_COMM_WORLD_SIZE="1"), None),
+        (
+            dict(KUBERNETES_SERVICE_HOST="10.0.0.1", JOB_COMPLETION_INDEX="0"),
+            dict(cluster_detection_method="k8s"),
+        ),
+        (dict(KUBERNETES_SERVICE_HOST="10.0.0.1"), None),  # a notebook in a cluster
+    ],
+)
+def test_detect(environ, expected):
+    assert detect(environ, has_tpu=False) == expected
+
+
+def test_a_cloud_tpu_needs_no_arguments():
+    assert detect({}, has_tpu=True) == {}
+    assert detect(SLURM, has_tpu=True) == {}
+
+
+def test_half_an_environment_is_refused():
+    with pytest.raises(HostError, match="JAX_NUM_PROCESSES without the others"):
+        detect(dict(JAX_NUM_PROCESSES="2"), has_tpu=False)
+    wrong = dict(JAX_COORDINATOR_ADDRESS="h:1", JAX_NUM_PROCESSES="two", JAX_PROCESS_ID="0")
+    with pytest.raises(HostError, match=r"must be whole numbers .*'two'"):
+        detect(wrong, has_tpu=False)
+
+
+def test_a_laptop_is_left_alone(monkeypatch):
+    def initialize(**_):
+        raise AssertionError("there is nobody to join")
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    monkeypatch.setattr(distributed, "has_cloud_tpu", lambda: False)
+    for name in (*SLURM, "JAX_COORDINATOR_ADDRESS", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    distributed.initialize("auto")
+    distributed.initialize("off")
+    with pytest.raises(HostError, match="nothing says where the other processes are"):
+        distributed.initialize("on")
+    with pytest.raises(HostError, match="--distributed=maybe must be one of auto, on, off"):
+        distributed.initialize("maybe")
+
+
+def test_others_that_do_not_come_are_one_line(monkeypatch):
+    def initialize(**_):
+        raise RuntimeError("Barrier timed out.\nWaited 300 s.")
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    monkeypatch.setattr(distributed, "has_cloud_tpu", lambda: True)
+    with pytest.raises(HostError, match=r"did not find each other \(Barrier timed out\. Waited"):
+        distributed.initialize("auto")
+
+
+def test_several_processes_hear_of_every_bad_record_and_signal(monkeypatch):
+    """On one process that believes to be one of two: its own word comes back from each device."""
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    signals = types.SimpleNamespace(received=None)
+    exchange = Exchange(make_mesh(), signals)
+    big = 2**40 + 3
+    heard = exchange.hear(exchange.say(np.array([-1, big])))
+    assert set(heard.tolist()) == {-1, big}
+    assert exchange.stop == 0
+    signals.received = 15
+    word = exchange.say(np.array([-1, -1]))
+    assert exchange.stop == 0  # others know only when they have heard it
+    exchange.hear(word)
+    assert exchange.stop == 15
+
+
+def test_a_single_process_needs_no_devices():
+    signals = types.SimpleNamespace(received=None)
+    exchange = Exchange(make_mesh(), signals)
+    records = np.array([-1, 5])
+    assert exchange.hear(exchange.say(records)) is records
+    signals.received = 2
+    assert exchange.stop == 2
+
+
+def test_the_primary_process_fails_with_its_own_error():
+    done = []
+    distributed.on_primary(lambda: done.append(1))
+    assert done == [1]
+    with pytest.raises(OSError, match="full"):
+        distributed.on_primary(lambda: (_ for _ in ()).throw(OSError("full")))

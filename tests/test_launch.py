@@ -1,0 +1,101 @@
+"""The launch recipes: shell scripts are linted, YAML fits its schema, flags and extras exist."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sysconfig
+
+import pytest
+import yaml
+
+from configs import base
+from dinov2_jax.config import REPOSITORY
+from dinov2_jax.flags import parse_flags
+
+LAUNCH = REPOSITORY / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
+JOBSET_VERSION = "1.33"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_linted(path):
+    shellcheck = f"{sysconfig.get_path('scripts')}/shellcheck"
+    done = subprocess.run([shellcheck, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert path.stat().st_mode & 0o100 or path.suffix == ".sbatch"
+
+
+@pytest.mark.parametrize("name", ["tpu_vm.sh", "local_multiprocess.sh", "xpk.sh"])
+def test_without_arguments_a_script_says_how_to_use_it(name):
+    environment = {"PATH": "/usr/bin:/bin", "NAME": "n", "ZONE": "z"}
+    environment |= {"CLUSTER": "c", "TPU_TYPE": "t", "WORKDIR": "w"}
+    done = subprocess.run([LAUNCH / name], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"launch/{name}" in done.stderr and "set -euo" not in done.stderr
+
+
+def jobset() -> dict:
+    return yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
+
+
+def test_the_jobs_of_the_jobset_fit_their_schema():
+    import kubernetes_validate
+
+    content = jobset()
+    assert content["kind"] == "JobSet" and content["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+    assert set(content["spec"]) <= {"failurePolicy", "replicatedJobs", "network", "successPolicy"}
+    for replicated in content["spec"]["replicatedJobs"]:
+        assert set(replicated) == {"name", "replicas", "template"}
+        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}}
+        job["spec"] = replicated["template"]["spec"]
+        kubernetes_validate.validate(job, JOBSET_VERSION, strict=True)
+        job["spec"]["template"]["spec"]["containers"][0]["arguments"] = []
+        with pytest.raises(kubernetes_validate.ValidationError):  # the schema does bite
+            kubernetes_validate.validate(job, JOBSET_VERSION, strict=True)
+
+
+def test_the_jobset_asks_for_what_its_topology_has():
+    (replicated,) = jobset()["spec"]["replicatedJobs"]
+    spec = replicated["template"]["spec"]
+    pod = spec["template"]["spec"]
+    rows, cols = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    (container,) = pod["containers"]
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    assert spec["parallelism"] == spec["completions"] == int(rows) * int(cols) // chips
+    parse_flags(container["args"])
+
+
+def all_keys(config, prefix="") -> set[str]:
+    keys = set()
+    for name in config:
+        value = config[name]
+        keys |= all_keys(value, f"{prefix}{name}.") if hasattr(value, "keys") else {prefix + name}
+    return keys
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.iterdir()), ids=lambda path: path.name)
+def test_flags_are_those_of_the_command(path):
+    text = path.read_text()
+    keys = set(re.findall(r"--config\.([a-z_.]+)", text))
+    assert keys <= all_keys(base.get_config())
+    for name in re.findall(r"configs/\w+\.py", text):
+        assert (REPOSITORY / name).exists(), name
+
+
+def test_the_image_installs_extras_and_files_that_exist():
+    text = (LAUNCH / "Dockerfile").read_text()
+    extras = set(re.search(r'extras="([^"]+)"', text)[1].split(","))
+    extras |= set(re.search(r"DEVICE is (.+?)\.", text)[1].replace(" or", ",").split(", ")) - {
+        "cpu"
+    }
+    (call,) = (
+        node
+        for node in ast.walk(ast.parse((REPOSITORY / "setup.py").read_text()))
+        if isinstance(node, ast.keyword) and node.arg == "extras_require"
+    )
+    assert extras <= {key.value for key in call.value.keys}
+    for line in text.splitlines():
+        if line.startswith("COPY"):
+            for source in shlex.split(line)[1:-1]:
+                assert (REPOSITORY / source).exists(), source
