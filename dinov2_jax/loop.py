@@ -20,7 +20,7 @@ from dinov2_jax.distributed import Exchange, Word, is_primary
 from dinov2_jax.feed import Feed
 from dinov2_jax.metrics import MetricsWriter
 from dinov2_jax.optim.schedules import Hyperparameters, Schedules
-from dinov2_jax.progress import Display
+from dinov2_jax.progress import Display, format_step
 from dinov2_jax.rhythm import Rhythm
 from dinov2_jax.train_state import TrainState
 from dinov2_jax.workdir import BadImages
@@ -202,7 +202,7 @@ class Loop:
         values["images_per_sec"] = self.images_per_step * self._settled / elapsed
         values["data_wait_share"] = min(self.feed.wait_secs / elapsed, 1.0)
         self.writer.write(step, values)
-        self.display.show(step, values)
+        self.display.show(step, format_step(values))
         self._restart_clock()
 
     def _watch_collapse(self, step: int, values: Mapping[str, float]) -> int:

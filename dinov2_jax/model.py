@@ -38,6 +38,7 @@ class Model:
         dtype: Any = jnp.float32,
         uneven: str = "error",
         attention: str = "xla",
+        name: str = "",
     ):
         """Binds a record and parameters, as `dinov2_jax.convert.read_model` gives them.
 
@@ -49,16 +50,17 @@ class Model:
             "pad" (zeros on all sides, centred, as the reference's dense evaluations do) or "crop"
             (centred).
           attention: see `dinov2_jax.models.attention.attend`.
+          name: what it was loaded from, for people.
 
         Raises:
           ValueError: an unknown value of `uneven`.
         """
         if uneven not in UNEVEN:
             raise ValueError(f"{uneven=} must be one of {UNEVEN}; choose one of them")
-        self.spec, self.uneven = spec, uneven
-        self._module = spec.build(dtype=jnp.dtype(dtype), attention=attention)
+        self.spec, self.uneven, self.dtype, self.name = spec, uneven, jnp.dtype(dtype), name
+        self._module = spec.build(dtype=self.dtype, attention=attention)
         self._last = jax.jit(self.apply)
-        self._several = jax.jit(self._apply_several, static_argnums=(2, 3))
+        self._several = jax.jit(self.apply_layers, static_argnums=(2, 3))
         self._attention = jax.jit(self._apply_attention, static_argnums=2)
         # Kernels are what the compute type is for; cast here, they take half the memory.
         self.params = jax.tree_util.tree_map_with_path(
@@ -154,15 +156,19 @@ class Model:
         Returns:
           float32 `[b, height, width, c]`, which the model takes.
         """
+        sizes = self.sizes(resize_size_px=resize_size_px, crop_size_px=crop_size_px, crop=crop)
+        return preprocess(images, mean=self.spec.mean, std=self.spec.std, **sizes)
+
+    def sizes(
+        self, *, resize_size_px: int | None, crop_size_px: int | None, crop: bool
+    ) -> dict[str, int | None]:
+        """The sizes that `dinov2_jax.preprocess` takes; arguments and defaults as `preprocess`."""
         crop_size_px = crop_size_px or self.spec.crop_size_px
-        return preprocess(
-            images,
-            mean=self.spec.mean,
-            std=self.spec.std,
-            resize_size_px=resize_size_px or max(self.spec.resize_size_px, crop_size_px),
-            crop_size_px=crop_size_px if crop else None,
-            patch_size=self.spec.patch_size,
-        )
+        return {
+            "resize_size_px": resize_size_px or max(self.spec.resize_size_px, crop_size_px),
+            "crop_size_px": crop_size_px if crop else None,
+            "patch_size": self.spec.patch_size,
+        }
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches that an image of this size has, after `uneven`."""
@@ -187,7 +193,10 @@ class Model:
         """`__call__` as a pure function of the parameters, for a caller's own `jax.jit`."""
         return self._module.apply({"params": params}, self._fit(images))
 
-    def _apply_several(self, params, images, layers, norm):
+    def apply_layers(
+        self, params: Any, images: jax.Array, layers: int | tuple[int, ...], norm: bool
+    ) -> list[BackboneOutput]:
+        """`intermediate_layers` as a pure function of the parameters."""
         return self._module.apply(
             {"params": params}, self._fit(images), layers, norm=norm, method="intermediate_layers"
         )
@@ -196,6 +205,10 @@ class Model:
         return self._module.apply(
             {"params": params}, self._fit(images), block, method="cls_attention"
         )
+
+    def normalise(self, params: Any, tokens: jax.Array) -> jax.Array:
+        """The final normalisation alone, as a pure function: of tokens `[.., d]`."""
+        return self._module.apply({"params": params}, tokens, method=lambda m, x: m.norm(x))
 
     def _fit(self, images: jax.Array) -> jax.Array:
         """Pads or crops both sides to multiples of the patch, as `uneven` says."""
@@ -238,4 +251,5 @@ def load(
     """
     path = hub.find(source)
     spec, params = read_model(path, tree=tree, interpolation=interpolation, num_heads=num_heads)
-    return Model(spec, params, dtype=dtype, uneven=uneven, attention=attention)
+    settings = dict(dtype=dtype, uneven=uneven, attention=attention)
+    return Model(spec, params, **settings, name=os.fspath(source))

@@ -49,18 +49,11 @@ def preprocess(
     images = [images] if is_single else list(images)
     if not images:
         raise ValueError("there must be at least one image; the list is empty")
-    if crop_size_px is not None and crop_size_px > resize_size_px:
-        raise ValueError(
-            f"{crop_size_px=} must not exceed {resize_size_px=}, the short side; raise the latter, "
-            "or set crop_size_px=None for no crop"
-        )
+    check_sizes(resize_size_px, crop_size_px)
     pixels = []
     for image in images:
         image = read_image(image, num_channels=len(mean))
-        if crop_size_px is None:
-            pixels.append(resize_to_patches(image, resize_size_px, patch_size))
-        else:
-            pixels.append(resize_center_crop(image, resize_size_px, crop_size_px))
+        pixels.append(resize(image, resize_size_px, crop_size_px, patch_size))
     sizes = sorted({image.shape[:2] for image in pixels})
     if len(sizes) > 1:
         raise ValueError(
@@ -69,6 +62,15 @@ def preprocess(
         )
     scaled = np.stack(pixels).astype(np.float32) / 255
     return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+
+
+def check_sizes(resize_size_px: int, crop_size_px: int | None) -> None:
+    """Raises ValueError where a crop is larger than the short side."""
+    if crop_size_px is not None and crop_size_px > resize_size_px:
+        raise ValueError(
+            f"{crop_size_px=} must not exceed {resize_size_px=}, the short side; raise the latter, "
+            "or set crop_size_px=None for no crop"
+        )
 
 
 def read_image(image: ImageLike, *, num_channels: int = 3) -> np.ndarray:
@@ -86,6 +88,22 @@ def read_image(image: ImageLike, *, num_channels: int = 3) -> np.ndarray:
         return decode(image, num_channels=num_channels)
     except BadImage as error:
         raise ValueError(f"{name} cannot be used: {error}") from error
+
+
+def resize(
+    image: np.ndarray, resize_size_px: int, crop_size_px: int | None, patch_size: int
+) -> np.ndarray:
+    """One image at the network's size, not yet normalised; arguments as `preprocess`.
+
+    Args:
+      image: uint8 `[height, width, c]`.
+
+    Returns:
+      uint8, cropped; or without a crop as `resize_to_patches`.
+    """
+    if crop_size_px is not None:
+        return resize_center_crop(image, resize_size_px, crop_size_px)
+    return resize_to_patches(image, resize_size_px, patch_size)
 
 
 def resize_to_patches(image: np.ndarray, short_side_px: int, patch_size: int) -> np.ndarray:

@@ -22,24 +22,23 @@ SECS_BETWEEN_LINES = 5.0
 class Display:
     """Shows how far the run is. A context manager."""
 
-    def __init__(self, *, total_steps: int, step: int, is_shown: bool = True):
-        """`step` of `total_steps` are done; a display that is not shown is silent."""
-        self._total = total_steps
-        self._started = (time.monotonic(), step)
+    def __init__(self, *, total: int, done: int, unit: str = "step", is_shown: bool = True):
+        """`done` of `total` units are done; a display that is not shown is silent."""
+        self._total, self._unit, self._is_shown = total, unit, is_shown
+        self._started = (time.monotonic(), done)
         self._last_line = -SECS_BETWEEN_LINES
         self._bar = None
         console = Console(file=sys.stdout)
-        self._is_shown = is_shown
         if console.is_terminal and is_shown:
             self._bar = Progress(
-                TextColumn("step"),
+                TextColumn(unit),
                 MofNCompleteColumn(),
                 BarColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[numbers]}"),
                 console=console,
             )
-            self._task = self._bar.add_task("train", total=total_steps, completed=step, numbers="")
+            self._task = self._bar.add_task(unit, total=total, completed=done, numbers="")
 
     def __enter__(self) -> "Display":
         if self._bar:
@@ -57,31 +56,34 @@ class Display:
         elif self._is_shown:
             print(text, flush=True)
 
-    def advance(self, step: int) -> None:
-        """`step` steps are done."""
+    def advance(self, done: int) -> None:
+        """`done` units are done."""
         if self._bar:
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=done)
 
-    def show(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows the numbers of a log line; plain lines come no faster than one can read."""
-        numbers = "  ".join(
-            f"{label} {values[name]:.4g}" for name, label in SHOWN.items() if name in values
-        )
-        numbers += f"  {values['images_per_sec']:.4g} images/s"
+    def show(self, done: int, numbers: str) -> None:
+        """Shows numbers of now; plain lines come no faster than one can read."""
         if self._bar:
-            self._bar.update(self._task, completed=step, numbers=numbers)
+            self._bar.update(self._task, completed=done, numbers=numbers)
             return
         now = time.monotonic()
-        is_soon = now - self._last_line < SECS_BETWEEN_LINES and step < self._total
+        is_soon = now - self._last_line < SECS_BETWEEN_LINES and done < self._total
         if is_soon or not self._is_shown:
             return
         self._last_line = now
-        print(f"step {step}/{self._total}  {numbers}  {self._time_left(step, now)}", flush=True)
+        left = self._time_left(done, now)
+        print(f"{self._unit} {done}/{self._total}  {numbers}  {left}", flush=True)
 
-    def _time_left(self, step: int, now: float) -> str:
+    def _time_left(self, done: int, now: float) -> str:
         since, first = self._started
-        secs = (now - since) / max(step - first, 1) * (self._total - step)
+        secs = (now - since) / max(done - first, 1) * (self._total - done)
         return f"{format_secs(secs)} left"
+
+
+def format_step(values: Mapping[str, float]) -> str:
+    """The numbers of a log line of training that a person follows."""
+    numbers = [f"{label} {values[name]:.4g}" for name, label in SHOWN.items() if name in values]
+    return "  ".join([*numbers, f"{values['images_per_sec']:.4g} images/s"])
 
 
 def format_secs(secs: float) -> str:

@@ -180,7 +180,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
             checkpoints=checkpoints,
             writer=writer,
             display=stack.enter_context(
-                Display(total_steps=config.total_steps, step=step, is_shown=is_primary)
+                Display(total=config.total_steps, done=step, is_shown=is_primary)
             ),
             bad_images=bad_images,
             evaluate=inputs.evaluate_with_baselines(evaluation),

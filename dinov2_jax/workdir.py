@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from dinov2_jax.config import compare_configs
-from dinov2_jax.data.records import DataError
+from dinov2_jax.data.records import DataError, too_many_bad
 from dinov2_jax.distributed import check_same
 
 CONFIG_FILE = "config.json"
@@ -175,8 +175,7 @@ class BadImages:
         self._check()
 
     def _check(self) -> None:
-        allowed = self._max_fraction * self._num_images
-        if self.count > (max(allowed, 1) if self._max_fraction else 0):
+        if too_many_bad(self.count, self._num_images, self._max_fraction):
             raise DataError(
                 f"{self.count} of {self._num_images} images cannot be read, more than "
                 f"data.max_bad_fraction={self._max_fraction:g} allows; they are named in "

@@ -32,6 +32,7 @@ LEVELS = (
         "feed",
         "rhythm",
     ),
+    ("features",),
     ("evals", "visualize", "report"),
     ("loop", "startup"),
     ("inputs",),

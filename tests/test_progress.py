@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from dinov2_jax import progress
-from dinov2_jax.progress import Display, format_secs
+from dinov2_jax.progress import Display, format_secs, format_step
 
 VALUES = {"total_loss": 1.5, "ibot_loss": 0.25, "images_per_sec": 10.0}
 
@@ -14,11 +14,11 @@ VALUES = {"total_loss": 1.5, "ibot_loss": 0.25, "images_per_sec": 10.0}
 def test_lines_are_plain_and_spaced(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with Display(total_steps=100, step=20) as display:
+    with Display(total=100, done=20) as display:
         for step in range(30, 101, 10):
             now[0] += 2.0
             display.advance(step)
-            display.show(step, VALUES)
+            display.show(step, format_step(VALUES))
         display.line("an evaluation")
     lines = capsys.readouterr().out.splitlines()
     steps = [int(line.split()[1].split("/")[0]) for line in lines[:-1]]
@@ -36,12 +36,12 @@ def test_a_terminal_gets_a_bar_with_the_numbers(monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
-    with Display(total_steps=10, step=0) as display:
-        display.show(5, VALUES)
+    with Display(total=10, done=0, unit="image") as display:
+        display.show(5, format_step(VALUES))
         display.line("step 5 [brackets] stay")
         display.advance(10)
     text = terminal.getvalue()
-    assert "10/10" in text and "loss 1.5" in text and "[brackets] stay" in text
+    assert "image" in text and "10/10" in text and "loss 1.5" in text and "[brackets] stay" in text
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,11 @@ def count_reasons(rejected: list[tuple[str, str]]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
+def too_many_bad(count: int, num_images: int, max_fraction: float) -> bool:
+    """Whether so many bad images must stop the work; a single one only where none is allowed."""
+    return count > (max(max_fraction * num_images, 1) if max_fraction else 0)
+
+
 def require_images(source: Source, *, cure: str) -> Source:
     """Returns the source. Raises DataError, naming what was rejected, if it holds no image."""
     if len(source):

@@ -5,18 +5,18 @@ every pass. Images that cannot be read are left out and counted.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 
 from dinov2_jax.augment import augment
+from dinov2_jax.data.ahead import map_ahead
 from dinov2_jax.data.batch import AUGMENT_COLUMNS
 from dinov2_jax.data.image_ops import decode, resize_center_crop
 from dinov2_jax.data.multicrop import random_resized_crop
 from dinov2_jax.data.records import BadImage, Source
 
-_DECODED_AT_ONCE = 128  # images that threads may decode ahead
+_DECODED_AHEAD = 128  # images
 
 
 class FixedImages:
@@ -116,11 +116,10 @@ class LabelledImages:
         return len(self._chosen) - len(self._bad)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
-        with ThreadPoolExecutor(self._num_threads) as pool:
-            for start in range(0, len(self._chosen), _DECODED_AT_ONCE):
-                for item in pool.map(self._read, self._chosen[start : start + _DECODED_AT_ONCE]):
-                    if item is not None:
-                        yield item
+        items = map_ahead(
+            self._read, self._chosen, num_threads=self._num_threads, ahead=_DECODED_AHEAD
+        )
+        return (item for item in items if item is not None)
 
     def _read(self, index: int) -> tuple[np.ndarray, int] | None:
         if index in self._bad:

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 
 from dinov2_jax.data.records import Source
 from dinov2_jax.evals.baselines import baseline_features
-from dinov2_jax.evals.features import FeatureExtractor, Features
 from dinov2_jax.evals.image_sets import ImageSet, LabelledImages, identity_crops
 from dinov2_jax.evals.knn import knn_accuracy
+from dinov2_jax.features.extractor import Arrays, FeatureExtractor, cls_and_mean_patch
 from dinov2_jax.models.vit import BackboneOutput
 
 
@@ -80,9 +80,7 @@ class InRunEvaluation:
         """
         bank, bank_labels = self._compute(self.bank, params)
         queries, query_labels = self._compute(self.queries, params)
-        return self._accuracies(
-            bank._asdict(), bank_labels, queries._asdict(), query_labels, prefix=""
-        )
+        return self._accuracies(bank, bank_labels, queries, query_labels, prefix="")
 
     def baselines(self, params: Any) -> dict[str, float]:
         """What the trained features are to be compared with; once, at step 0.
@@ -98,9 +96,7 @@ class InRunEvaluation:
         """
         bank, bank_labels = self._compute(self.bank, params)
         queries, query_labels = self._compute(self.queries, params)
-        results = self._accuracies(
-            bank._asdict(), bank_labels, queries._asdict(), query_labels, prefix="random_init_"
-        )
+        results = self._accuracies(bank, bank_labels, queries, query_labels, prefix="random_init_")
         bank, queries = baseline_features(self.bank), baseline_features(self.queries)
         results |= self._accuracies(bank, bank_labels, queries, query_labels, prefix="")
         counts = {
@@ -111,7 +107,7 @@ class InRunEvaluation:
         }
         return results | {f"knn/{self.name}/{key}": float(x) for key, x in counts.items()}
 
-    def _compute(self, images: ImageSet, params: Any) -> tuple[Features, np.ndarray]:
+    def _compute(self, images: ImageSet, params: Any) -> tuple[Arrays, np.ndarray]:
         labels = []
 
         def unlabelled():
@@ -196,7 +192,9 @@ def labelled_knn(
         name=name,
         bank=LabelledImages(bank, label_names=label_names, **reading),
         queries=LabelledImages(queries, label_names=label_names, **reading),
-        extractor=FeatureExtractor(apply, mean=mean, std=std, batch_size=batch_size, mesh=mesh),
+        extractor=FeatureExtractor(
+            cls_and_mean_patch(apply), mean=mean, std=std, batch_size=batch_size, mesh=mesh
+        ),
         num_neighbors=num_neighbors,
         temperature=temperature,
     )
@@ -273,7 +271,9 @@ def crop_identity(
         name=name,
         bank=crops[0],
         queries=crops[1],
-        extractor=FeatureExtractor(apply, mean=mean, std=std, batch_size=batch_size, mesh=mesh),
+        extractor=FeatureExtractor(
+            cls_and_mean_patch(apply), mean=mean, std=std, batch_size=batch_size, mesh=mesh
+        ),
         num_neighbors=num_neighbors,
         temperature=temperature,
     )

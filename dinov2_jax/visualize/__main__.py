@@ -14,7 +14,7 @@ import numpy as np
 
 from dinov2_jax.data.image_ops import resize_center_crop
 from dinov2_jax.data.records import Source
-from dinov2_jax.evals.features import FeatureExtractor
+from dinov2_jax.features.extractor import FeatureExtractor, cls_and_mean_patch
 from dinov2_jax.model import Model, load
 from dinov2_jax.preprocess import resize_to_patches
 from dinov2_jax.visualize import attention, matches, neighbors, pca, sheets
@@ -154,7 +154,10 @@ def draw_neighbors(flags: argparse.Namespace, model: Model, source: Source) -> s
         resize_center_crop, resize=max(model.spec.resize_size_px, crop_px), crop=crop_px
     )
     extract = FeatureExtractor(
-        model.apply, mean=model.spec.mean, std=model.spec.std, batch_size=BATCH_SIZE
+        cls_and_mean_patch(model.apply),
+        mean=model.spec.mean,
+        std=model.spec.std,
+        batch_size=BATCH_SIZE,
     )
     extract = functools.partial(extract, model.params)
     channels = len(model.spec.mean)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinov2_jax.evals.features import Features
+from dinov2_jax.features.extractor import Arrays
 from dinov2_jax.neighbors import nearest_neighbors
 from dinov2_jax.visualize.patches import check_features
 from dinov2_jax.visualize.photos import Photo, PhotoReader
@@ -23,7 +23,7 @@ class Embedded(NamedTuple):
 
 
 def embed(
-    extract: Callable[[Iterable[np.ndarray]], Features], reader: PhotoReader, rows: Iterable[int]
+    extract: Callable[[Iterable[np.ndarray]], Arrays], reader: PhotoReader, rows: Iterable[int]
 ) -> Embedded:
     """CLS tokens of photos, which pass through memory batch by batch.
 
@@ -47,7 +47,7 @@ def embed(
     first = next(photos, None)
     if first is None:
         return Embedded(np.zeros(0, int), np.zeros(0, str), np.zeros((0, 0), np.float32))
-    cls = extract(itertools.chain([first], photos)).cls
+    cls = extract(itertools.chain([first], photos))["cls"]
     return Embedded(np.array(kept), np.array(digests), cls)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dinov2_jax.data.records import Record, Source
-from dinov2_jax.evals.features import Features
+from dinov2_jax.features.extractor import Arrays
 from dinov2_jax.visualize.neighbors import Embedded, embed, neighbors_of, neighbors_sheet
 from dinov2_jax.visualize.photos import Photo, PhotoReader
 
@@ -62,9 +62,9 @@ class Photos(Source):
 
 
 def test_embedded_photos_have_rows_digests_and_features():
-    def extract(images) -> Features:
+    def extract(images) -> Arrays:
         means = np.array([[image.mean(), 1] for image in images], np.float32)
-        return Features(means, 0 * means)
+        return {"cls": means}
 
     reader = PhotoReader(Photos(), prepare=lambda image: image)
     found = embed(extract, reader, [4, 2, 3, 0])
