@@ -28,8 +28,10 @@ CORE = [
     "rich>=14.0",
 ]
 QUICKSTART = ["scikit-image>=0.26", "scikit-learn>=1.7"]
+PARQUET = ["pyarrow>=21.0"]
 TEST = [
     *QUICKSTART,
+    *PARQUET,
     "pytest>=9.0",
     "pytest-xdist>=3.8",
     "hypothesis>=6.150",
@@ -51,6 +53,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "quickstart": QUICKSTART,
+        "parquet": PARQUET,
         "test": TEST,
         # The reference package itself comes by `pip install --no-deps dinov2==0.0.1.dev2`: its
         # declared dependencies pin torch 2.0 and xFormers, which its modules do not need.

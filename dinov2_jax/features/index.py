@@ -122,7 +122,7 @@ def read_index(out: pathlib.Path) -> dict[str, Any]:
         elif out.suffix == ".safetensors":
             text = open_safetensors(out)[1][METADATA_KEY]
         else:
-            with np.load(out) as file:
+            with open(out, "rb") as opened, np.load(opened) as file:
                 text = str(file["index"])
         return json.loads(text)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
