@@ -67,11 +67,16 @@ class FileStore:
     def close_shard(self, number: int) -> None:
         """All rows have been added; `finish` writes them."""
 
+    def name_bad(self, rejected: Sequence[Bad]) -> pathlib.Path:
+        """Writes the list of bad images beside the file; returns its path."""
+        path = self._out.with_name(f"{self._out.name}.{BAD_IMAGES_FILE}")
+        path.write_text(format_bad([*rejected, *self._bad]))
+        return path
+
     def finish(self, rejected: Sequence[Bad]) -> bool:
         """Writes the file, and its bad images beside it. Returns True."""
         if self._out.exists():
             return True
-        bad = [*rejected, *self._bad]
         arrays = {
             name: np.concatenate(
                 [np.zeros((0, *x["shape"]), DTYPES[x["dtype"]]), *self._arrays[name]]
@@ -82,10 +87,10 @@ class FileStore:
         if self._index["label_names"]:
             arrays["label"] = np.array([row.label for row in self._rows], np.int32)
         paths = [printable(row.path) for row in self._rows]
-        index = json.dumps(self._index | {"rows": [len(self._rows)], "bad_images": len(bad)})
-        if bad:
-            beside = self._out.with_name(f"{self._out.name}.{BAD_IMAGES_FILE}")
-            beside.write_text(format_bad(bad))
+        num_bad = len(rejected) + len(self._bad)
+        index = json.dumps(self._index | {"rows": [len(self._rows)], "bad_images": num_bad})
+        if num_bad:
+            self.name_bad(rejected)
         if self._out.suffix == ".safetensors":
             facts = {METADATA_KEY: index, "paths": json.dumps(paths)}
             write_safetensors(self._out, arrays, facts)

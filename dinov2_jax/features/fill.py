@@ -18,7 +18,7 @@ from dinov2_jax.features.extractor import Arrays, FeatureExtractor
 from dinov2_jax.features.file_store import FileStore
 from dinov2_jax.features.folder_store import FolderStore
 from dinov2_jax.features.reader import Batch, Image, Reader, make_batches, shard_range
-from dinov2_jax.features.table import Bad, printable
+from dinov2_jax.features.table import Bad, one_line
 from dinov2_jax.model import Model
 from dinov2_jax.progress import Display
 from dinov2_jax.sharding import make_mesh
@@ -102,7 +102,6 @@ def fill_store(
     missing = [i for i in store.missing() if i in lengths]
     done = sum(lengths.values()) - sum(lengths[i] for i in missing)
     num_bad = len(source.rejected) + store.num_bad()
-    num_images = len(source) + len(source.rejected)
     bad, clock, under_way = [], Clock(), collections.deque()
     params, extractor = _make_extractor(model, compute, per_device_batch_size)
     numbers = itertools.chain.from_iterable(shard_range(index, i) for i in missing)
@@ -115,7 +114,16 @@ def fill_store(
             under_way.append(batch)
             yield batch.pixels
 
-    _check_bad(num_bad, num_images, max_bad_fraction, source.rejected)
+    def check_bad(count: int) -> None:
+        num_images = len(source) + len(source.rejected)
+        if too_many_bad(count, num_images, max_bad_fraction):
+            path = store.name_bad(source.rejected)
+            raise DataError(
+                f"{count} of {num_images} images cannot be read, more than max_bad_fraction="
+                f"{max_bad_fraction:g} allows; they are named in {path}: repair or remove them, or "
+                "raise max_bad_fraction"
+            )
+
     total = sum(lengths.values())
     with (
         contextlib.closing(images),
@@ -125,6 +133,7 @@ def fill_store(
             display.line(line)
         if done:
             display.line(f"{done:,} of {total:,} images are done: going on")
+        check_bad(num_bad)
         for arrays in extractor.stream(params, batches()):
             batch: Batch = under_way.popleft()
             _check_finite(batch, arrays)
@@ -132,9 +141,9 @@ def fill_store(
             if batch.is_last:
                 store.close_shard(batch.shard)
             for name, reason in batch.bad:
-                display.line(f"left out: {printable(name)}: {reason}")
+                display.line(f"left out: {one_line(name)}: {one_line(reason)}")
             bad += batch.bad
-            _check_bad(num_bad + len(bad), num_images, max_bad_fraction, bad)
+            check_bad(num_bad + len(bad))
             clock.count(len(batch.rows) + len(batch.bad))
             display.advance(done + clock.images)
             display.show(done + clock.images, str(clock))
@@ -177,13 +186,4 @@ def _check_finite(batch: Batch, arrays: Arrays) -> None:
                 if is_half
                 else "the model's weights are not sound: take those before they broke"
             )
-        )
-
-
-def _check_bad(count: int, num_images: int, max_fraction: float, latest: list[Bad]) -> None:
-    if too_many_bad(count, num_images, max_fraction):
-        name, reason = latest[-1]
-        raise DataError(
-            f"{count} of {num_images} images cannot be read, more than {max_fraction=:g} allows; "
-            f"the last is {printable(name)}: {reason}; repair or remove them, or raise it"
         )

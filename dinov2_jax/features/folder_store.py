@@ -48,8 +48,9 @@ class FolderStore:
           process: number of this process among those that write here, and how many they are.
         """
         self._out, self._index = out, dict(index)
-        process = "{}-of-{}".format(*process)
-        self._part, self._lock_file = out / f".part-{process}", out / f".lock-{process}"
+        self._process = "{}-of-{}".format(*process)
+        self._part = out / f".part-{self._process}"
+        self._lock_file = out / f".lock-{self._process}"
         self._files: dict[str, NpyFile] = {}
         self._rows: list[Row] = []
         self._bad: list[Bad] = []
@@ -77,7 +78,8 @@ class FolderStore:
 
     def __exit__(self, *_) -> None:
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # where the disk is full, again
+                file.close()
         shutil.rmtree(self._part, ignore_errors=True)
         self._lock.close()
 
@@ -136,27 +138,38 @@ class FolderStore:
 
         numbers = range(self._index["num_shards"])
         tables = [pyarrow.parquet.read_metadata(self.shard(i) / TABLE_FILE) for i in numbers]
-        bad = format_bad(rejected) + "".join(line for i in numbers for line in self._bad_of(i))
-        if bad:
-            self._write(BAD_IMAGES_FILE, bad)
-        done = {"rows": [table.num_rows for table in tables], "bad_images": bad.count("\n")}
+        num_bad = len(rejected) + self.num_bad()
+        if num_bad:
+            self.name_bad(rejected)
+        done = {"rows": [table.num_rows for table in tables], "bad_images": num_bad}
         self._write(INDEX_FILE, format_index(self._index | done))
         for leftover in self._out.glob(".part-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         return True
 
+    def name_bad(self, rejected: Sequence[Bad]) -> pathlib.Path:
+        """Writes `bad_images.txt` of all shards, as far as they are; returns its path."""
+        lines = [line for i in range(self._index["num_shards"]) for line in self._bad_of(i)]
+        text = format_bad(rejected) + "".join(lines) + format_bad(self._bad)
+        self._write(BAD_IMAGES_FILE, text)
+        return self._out / BAD_IMAGES_FILE
+
     def _agree(self) -> None:
-        """Writes the index, or compares with the one that is there."""
-        path = self._out / INDEX_FILE
-        if not path.exists():
+        """Compares with the index that is there; writes it where nothing has been made yet."""
+        if (self._out / INDEX_FILE).exists():
+            old = read_index(self._out)
+            others = [x for x in self._out.glob(".lock-*") if x != self._lock_file]
+            if others or any(self._out.glob("shard-*")):
+                check_same(self._out, old, self._index)
+                return
+        else:
             others = sorted(p.name for p in self._out.iterdir() if not p.name.startswith("."))
             if others:
                 raise StoreError(
                     f"{self._out} has no {INDEX_FILE} but holds {others[0]}: it is a folder of "
                     "something else; choose another, which will be made"
                 )
-            self._write(INDEX_FILE, format_index(self._index))
-        check_same(self._out, read_index(self._out), self._index)
+        self._write(INDEX_FILE, format_index(self._index))
 
     def _bad_of(self, number: int) -> list[str]:
         with contextlib.suppress(FileNotFoundError):
@@ -164,6 +177,6 @@ class FolderStore:
         return []
 
     def _write(self, name: str, text: str) -> None:
-        beside = self._lock_file.with_suffix(".tmp")
+        beside = self._out / f".{name}-{self._process}"
         beside.write_text(text)
         beside.replace(self._out / name)

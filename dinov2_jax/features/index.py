@@ -24,7 +24,7 @@ from dinov2_jax.sharding import path_names
 
 INDEX_FILE = "index.json"
 METADATA_KEY = "dinov2_jax.features"  # of the index in a safetensors file
-VERSION = 1
+FORMAT = "dinov2_jax.features 1"
 # What a run that goes on need not agree on: added at the end, or for people.
 _FREE = ("rows", "bad_images", "model.name")
 _NUM_SAMPLED_NAMES = 256
@@ -54,7 +54,7 @@ def make_index(
       shard_size: images a shard; 0: all in one file.
     """
     index = {
-        "version": VERSION,
+        "format": FORMAT,
         "what": str(outputs),
         "norm": norm,
         "arrays": {
@@ -124,8 +124,11 @@ def read_index(out: pathlib.Path) -> dict[str, Any]:
         else:
             with open(out, "rb") as opened, np.load(opened) as file:
                 text = str(file["index"])
-        return json.loads(text)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        index = json.loads(text)
+        if index["format"] != FORMAT:
+            raise ValueError(f"format {index['format']!r} is not {FORMAT!r}")
+        return index
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise StoreError(
             f"{out} does not hold features of dinov2_jax ({str(error) or type(error).__name__}); "
             "choose another, or write it anew"

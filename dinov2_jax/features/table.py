@@ -26,10 +26,14 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def one_line(text: str) -> str:
+    """`printable`, and without line breaks and tabs."""
+    return " ".join(printable(text).split())
+
+
 def format_bad(bad: Sequence[Bad]) -> str:
     """Lines of `bad_images.txt`."""
-    clean = ((" ".join(printable(text).split()) for text in entry) for entry in bad)
-    return "".join(f"{name}\t{reason}\n" for name, reason in clean)
+    return "".join(f"{one_line(name)}\t{one_line(reason)}\n" for name, reason in bad)
 
 
 def require_pyarrow() -> None:

@@ -133,16 +133,17 @@ def test_too_many_bad_images_stop_it_and_a_higher_limit_goes_on(model, photos, t
     empty.touch()
     settings = SETTINGS | {"what": "cls"}
     with pytest.raises(
-        ValueError, match=r"3 of 21 images cannot be read, more than max_fraction=0.1"
+        ValueError, match=r"3 of 21 images cannot be read, more than max_bad_fraction=0.1 "
     ):
         extract(model, str(tmp_path / "photos"), out, **settings)
     assert len(list(out.glob("shard-*"))) == 3
-    report = extract(model, str(tmp_path / "photos"), out, **settings | {"max_bad_fraction": 0.2})
-    assert report.is_complete and report.images < NUM_IMAGES
     named = (out / "bad_images.txt").read_text().splitlines()
     assert named[0] == f"{empty}\tzero bytes" and len(named) == 3
+    report = extract(model, str(tmp_path / "photos"), out, **settings | {"max_bad_fraction": 0.2})
+    assert report.is_complete and report.images < NUM_IMAGES
+    assert (out / "bad_images.txt").read_text().splitlines() == named
     with pytest.raises(
-        ValueError, match="1 of 21 images cannot be read, more than max_fraction=0 "
+        ValueError, match="1 of 21 images cannot be read, more than max_bad_fraction=0 "
     ):
         extract(
             model, str(tmp_path / "photos"), tmp_path / "2", **settings | {"max_bad_fraction": 0}

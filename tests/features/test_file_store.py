@@ -5,15 +5,16 @@ import numpy as np
 import pytest
 
 from dinov2_jax.features.file_store import FileStore
-from dinov2_jax.features.index import StoreError
+from dinov2_jax.features.index import FORMAT
 from dinov2_jax.features.read import read
-from dinov2_jax.features.table import Row
+from dinov2_jax.features.table import Row, StoreError
 
 FORMATS = ("npz", "safetensors")
 
 
 def make_index(dtype="float32", *, label_names=("cat", "dog"), images=3):
     return {
+        "format": FORMAT,
         "what": "cls",
         "arrays": {"cls": {"dtype": dtype, "shape": [2]}},
         "images": images,

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from dinov2_jax.features.folder_store import FolderStore
-from dinov2_jax.features.index import StoreError
+from dinov2_jax.features.index import FORMAT
 from dinov2_jax.features.read import read
-from dinov2_jax.features.table import Row
+from dinov2_jax.features.table import Row, StoreError
 
 INDEX = {
+    "format": FORMAT,
     "what": "cls",
     "arrays": {"cls": {"dtype": "float32", "shape": [2]}},
     "images": 5,
@@ -85,7 +86,7 @@ def test_killed_before_the_index_or_after_the_last_shard(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / ".lock-0-of-1").touch()
-    (out / ".lock-0-of-1.tmp").write_text('{"wh')
+    (out / ".index.json-0-of-1").write_text('{"wh')
     with open_store(out) as store:
         for i in range(3):
             write(store, i)
@@ -124,9 +125,23 @@ def test_folders_of_something_else_are_left_alone(tmp_path):
     with pytest.raises(StoreError, match=r"file cannot be written \(File exists\)"):
         open_store(tmp_path / "file").__enter__()
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "index.json").write_text("{")
-    with pytest.raises(StoreError, match="does not hold features of dinov2_jax"):
-        open_store(tmp_path / "broken").__enter__()
+    for text in ("{", "[1]", '{"rows": 3}', '{"format": "dinov2_jax.features 99"}'):
+        (tmp_path / "broken" / "index.json").write_text(text)
+        with pytest.raises(StoreError, match="does not hold features of dinov2_jax"):
+            open_store(tmp_path / "broken").__enter__()
+        assert (tmp_path / "broken" / "index.json").read_text() == text
+
+
+def test_where_nothing_was_made_another_option_may_be_tried(tmp_path):
+    out, other = tmp_path / "out", INDEX | {"what": "mean"}
+    with open_store(out):
+        pass
+    with open_store(out, other) as store:
+        assert store.missing() == [0, 1, 2]
+    assert json.loads((out / "index.json").read_text()) == other
+    # Unless others may be at work.
+    with pytest.raises(StoreError, match="what: 'mean' -> 'cls'"):
+        open_store(out, process=(0, 2)).__enter__()
 
 
 def test_a_changed_option_is_refused_and_changes_nothing(tmp_path):
