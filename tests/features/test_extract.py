@@ -106,6 +106,10 @@ def test_another_option_is_refused(whole, model, photos, change):
 def test_other_images_are_refused(whole, model, photos):
     with pytest.raises(ValueError, match=r"images: 20 -> 10; .*source.path: "):
         extract(model, str(photos / "class_0"), whole, **SETTINGS)
+    renamed = open_source(str(photos))
+    renamed.name = lambda index: f"another {index}"
+    with pytest.raises(ValueError, match=r"otherwise: source\.names_sha256: [^;]*;[^;]*$"):
+        extract(model, renamed, whole, **SETTINGS)
 
 
 @pytest.mark.parametrize("kind", ["list", "tar", "array_record"])
