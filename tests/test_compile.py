@@ -1,7 +1,7 @@
 """The compile check, end to end: tiny steps for topologies that are not there."""
 
-import importlib.util
 import json
+import os
 import re
 
 import jax
@@ -10,12 +10,19 @@ import pytest
 from dinov2_jax import compile, config, startup, workload
 from dinov2_jax.config import REPOSITORY
 from dinov2_jax.cost.chips import TPUS
-from dinov2_jax.cost.topology import open_topology
+from dinov2_jax.cost.topology import is_installed, open_topology
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="THE COMPILE CHECK IS NOT TESTED: pip install 'dinov2_jax[tpu]'",
-)
+
+@pytest.fixture
+def libtpu():
+    """Skips without the TPU's compiler; with DINOV2_JAX_REQUIRE_LIBTPU=1 (CI) that is a failure."""
+    if not is_installed("libtpu"):
+        message = "THE COMPILE CHECK IS NOT TESTED: pip install -e '.[test,tpu]'"
+        if os.environ.get("DINOV2_JAX_REQUIRE_LIBTPU") == "1":
+            pytest.fail(message, pytrace=False)
+        pytest.skip(message)
+
+
 TINY = {
     "crops.global_crop_size_px": 28,
     "crops.local_crop_size_px": 14,
@@ -35,6 +42,9 @@ TINY = {
 }
 
 
+TINY_TEXTS = [(key, str(value)) for key, value in TINY.items()]
+
+
 def flags(topology: str, **changes) -> list[str]:
     keys = TINY | changes
     return [
@@ -44,7 +54,7 @@ def flags(topology: str, **changes) -> list[str]:
     ]
 
 
-@needs_libtpu
+@pytest.mark.usefixtures("libtpu")
 def test_a_step_that_fits(tmp_path, capsys):
     file = tmp_path / "figures.json"
     hlo = tmp_path / "step.hlo"
@@ -74,7 +84,7 @@ def test_a_step_that_fits(tmp_path, capsys):
     assert "is_scheduled=true" in hlo.read_text()
 
 
-@needs_libtpu
+@pytest.mark.usefixtures("libtpu")
 def test_a_step_that_does_not_fit(tmp_path, capsys):
     file = tmp_path / "figures.json"
     argv = [*flags("v5e:2x2", global_batch_size=65536), "--fits_only", f"--json={file}"]
@@ -84,6 +94,18 @@ def test_a_step_that_does_not_fit(tmp_path, capsys):
     assert figures["hbm_peak_bytes"] > figures["hbm_limit_bytes"] == TPUS["v5e"].hbm_bytes
     assert figures["estimated_mfu"] is None
     assert re.search(r"does not fit: .* GiB too much", capsys.readouterr().out)
+
+
+def test_gpus_too(tmp_path):
+    """Memory and collectives; there is no clock to estimate by."""
+    if not is_installed("jax_plugins.xla_cuda12"):
+        pytest.skip("the CUDA compiler is not installed: pip install -e '.[test,cuda12]'")
+    file = tmp_path / "figures.json"
+    assert compile.main([*flags("cuda:h100:2x2"), f"--json={file}"]) == 0
+    figures = json.loads(file.read_text())
+    assert (figures["devices"], figures["dtype"]) == (4, "bfloat16")
+    assert figures["hbm_peak_bytes"] > 0 and figures["collective_bytes"]["all-reduce"] > 0
+    assert figures["estimated_step_seconds"] is None
 
 
 def test_max_batch_is_found_by_doubling_and_halving(monkeypatch, capsys):
@@ -96,7 +118,7 @@ def test_max_batch_is_found_by_doubling_and_halving(monkeypatch, capsys):
     monkeypatch.setattr(compile, "check", check)
     cfg = config.load_config(
         str(REPOSITORY / "configs" / "vits14.py"),
-        [(key, str(value)) for key, value in TINY.items()],
+        TINY_TEXTS,
         needs_data=False,
     )
 
@@ -115,16 +137,13 @@ def test_max_batch_is_found_by_doubling_and_halving(monkeypatch, capsys):
 def test_no_batch_fits(monkeypatch):
     monkeypatch.setattr(compile, "check", lambda *_, **__: ({"fits": False}, None))
     cfg = config.load_config(
-        str(REPOSITORY / "configs" / "vits14.py"), list(TINY_TEXTS), needs_data=False
+        str(REPOSITORY / "configs" / "vits14.py"), TINY_TEXTS, needs_data=False
     )
 
     class OneDevice:
         devices = jax.devices()[:1]
 
     assert compile.find_max_batch(cfg, OneDevice) == ({"fits": False}, None)
-
-
-TINY_TEXTS = [(key, str(value)) for key, value in TINY.items()]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +169,7 @@ def test_wrong_input_is_one_line(argv, message, capsys):
     assert re.search(message, error) and error.count("\n") == 1
 
 
-@needs_libtpu
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -167,7 +186,7 @@ def test_what_the_devices_do_not_allow_is_one_line(argv, message, capsys):
     assert re.search(message, error) and error.count("\n") == 1
 
 
-@needs_libtpu
+@pytest.mark.usefixtures("libtpu")
 def test_slices_are_cut_by_data_alone():
     topology = open_topology("v5e:2x2", num_slices=2)
     mesh = startup.sharding.make_mesh(data=-1, fsdp=2, devices=topology.devices)
@@ -180,7 +199,7 @@ def test_flops_are_those_of_the_program():
     """Against the matrix products in the jaxpr of the step, drop path and padding included."""
     cfg = config.load_config(
         str(REPOSITORY / "configs" / "vits14.py"),
-        [*TINY_TEXTS, ("model.drop_path_rate", "0.5"), ("koleo.loss_weight", "0")],
+        [*TINY_TEXTS, ("model.drop_path_rate", "0.3"), ("koleo.loss_weight", "0")],
         needs_data=False,
     )
     mesh = startup.build_mesh(cfg, jax.devices()[:1])

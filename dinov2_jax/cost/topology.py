@@ -65,7 +65,7 @@ def open_topology(name: str, *, num_slices: int = 1) -> Topology:
     if num_slices < 1:
         raise TopologyError(f"--slices={num_slices} must be at least 1")
     module, extra = ("jax_plugins.xla_cuda12", "cuda12") if is_gpu else ("libtpu", "tpu")
-    if not _is_installed(module):
+    if not is_installed(module):
         raise TopologyError(
             f"--topology={name} needs a compiler that is not installed; "
             f"pip install 'dinov2_jax[{extra}]'"
@@ -83,7 +83,8 @@ def open_topology(name: str, *, num_slices: int = 1) -> Topology:
     return Topology(name, num_slices, chip, devices)
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of the package that it is in
