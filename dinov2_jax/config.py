@@ -80,7 +80,9 @@ SYNONYMS = {
 }
 
 
-def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
+def load_config(
+    path: str, overrides: Sequence[tuple[str, str]] = (), *, needs_data: bool = True
+) -> ConfigDict:
     """Runs a configuration file, applies the overrides and checks the result.
 
     Lengths that follow `total_steps` by reference go on following it; an explicit override wins
@@ -90,6 +92,7 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigD
     Args:
       path: a Python file with `get_config()`, usually a delta on `configs/base.py`.
       overrides: pairs of a dotted key without "config." and the text of its value.
+      needs_data: whether the configuration must say where the images are.
 
     Returns:
       The resolved configuration, locked: plain values, no references left.
@@ -112,7 +115,7 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigD
     for key, value in flatten_config(config).items():
         group, _, name = key.rpartition(".")
         (config[group] if group else config)[name] = _convert(key, value, defaults[key])
-    config_rules.check_config(config)
+    config_rules.check_config(config, needs_data=needs_data)
     return config.lock()
 
 

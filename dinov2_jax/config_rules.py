@@ -61,14 +61,14 @@ class ConfigError(ValueError):
     """A configuration that cannot run; its text is one line for the user."""
 
 
-def check_config(config) -> None:
-    """Checks a whole, correctly typed configuration.
+def check_config(config, *, needs_data: bool = True) -> None:
+    """Checks a whole, correctly typed configuration; `needs_data`: also that it has images.
 
     Raises:
       ConfigError: names the value, the rule and the cure.
     """
     _check_each(config)
-    _check_data(config)
+    _check_data(config, needs_data=needs_data)
     _check_model(config)
     _check_schedules(config)
     _check_batch(config)
@@ -146,9 +146,9 @@ def _check_each(config) -> None:
             raise ConfigError(f"{key}={_value(config, key)} must be at most {most}")
 
 
-def _check_data(config) -> None:
+def _check_data(config, *, needs_data: bool) -> None:
     data, augment = config.data, config.augment
-    if bool(data.path) == bool(data.mixture):
+    if needs_data and bool(data.path) == bool(data.mixture):
         found, cure = (
             ("both are set", "empty one, as --config.data.path=")
             if data.path

@@ -1,4 +1,4 @@
-"""The flags of the training command: its own few, and `--config.KEY=VALUE` for any key."""
+"""The flags of the commands: their own few, and `--config.KEY=VALUE` for any key."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,11 +9,7 @@ from dinov2_jax.distributed import MODES
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags; `overrides` has the (key, text) of every `--config.key=text`.
-
-    Raises:
-      ConfigError: an unknown flag, with the nearest known one.
-    """
+    """The flags of `train`; see `parse_with_overrides`."""
     parser = argparse.ArgumentParser(
         prog="python -m dinov2_jax.train",
         description="Trains a DINOv2 model.",
@@ -21,7 +17,6 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "--config.data.path=/your/images or --config.total_steps=1000.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="such as configs/vits14.py")
     parser.add_argument("--workdir", metavar="DIR", help="default: runs/<name of the config>")
     parser.add_argument(
         "--dry_run", action="store_true", help="print the start-up table and exit; writes nothing"
@@ -40,8 +35,24 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "OpenMPI, Kubernetes and JAX_COORDINATOR_ADDRESS; on must find one; off never looks",
     )
 
+    return parse_with_overrides(parser, argv)
+
+
+def parse_with_overrides(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> argparse.Namespace:
+    """Adds `--config` to a parser, and parses.
+
+    Returns:
+      The flags; `overrides` has the (key, text) of every `--config.key=text`.
+
+    Raises:
+      ConfigError: an unknown or wrong flag, with the nearest known one.
+    """
+    parser.add_argument("--config", required=True, metavar="FILE", help="such as configs/vits14.py")
+
     def refuse(message: str):
-        raise ConfigError(f"{message}; see python -m dinov2_jax.train --help")
+        raise ConfigError(f"{message}; see {parser.prog} --help")
 
     parser.error = refuse  # one line, like every other error
     flags, rest = parser.parse_known_args(argv)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dinov2_jax.data.batch import Batch
@@ -24,12 +25,16 @@ def make_mesh(
 ) -> Mesh:
     """Builds the mesh `('data', 'fsdp', 'model')` over all devices.
 
+    Devices of several slices (which the data centre's network joins) are cut by `data`, so that
+    only gradients and sums cross from slice to slice.
+
     Args:
       data, fsdp, model: devices on each axis; one of them may be -1, which takes what is left.
       devices: the devices; all of them when None.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of
+        the number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp, "model": model}
@@ -44,8 +49,18 @@ def make_mesh(
             f"mesh {sizes} needs {math.prod(sizes.values())} devices, but there are "
             f"{len(devices)}; set one of mesh.data, mesh.fsdp, mesh.model to -1 to fill up"
         )
-    shape = tuple(sizes[axis] for axis in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % num_slices:
+        raise ValueError(
+            f"mesh {sizes} on {num_slices} slices: mesh.data must be a multiple of the slices, over"
+            " which it alone is cut; lower mesh.fsdp or mesh.model"
+        )
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    shape = (sizes["data"] // num_slices, sizes["fsdp"], sizes["model"])
+    if num_slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
+    grid = mesh_utils.create_hybrid_device_mesh(shape, (num_slices, 1, 1), devices)
+    return Mesh(grid, MESH_AXES, axis_types=axis_types)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -65,10 +65,13 @@ def as_config_error():
         raise ConfigError(str(error)) from error
 
 
-def build_mesh(config) -> Mesh:
-    """The mesh of the configuration; axes that are all given may use a part of the devices."""
+def build_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of the configuration; axes that are all given may use a part of the devices.
+
+    `devices`: those of this machine when None; the compile check passes those of a topology.
+    """
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.model)
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else list(devices)
     if -1 not in sizes:
         devices = devices[: math.prod(sizes)]
     with as_config_error():
@@ -84,13 +87,13 @@ def build_mesh(config) -> Mesh:
 
 def build_trainer(config, mesh: Mesh) -> Trainer:
     """Everything on the device side, nothing computed yet but shapes."""
-    network = build_network(config)
+    network = build_network(config, platform=mesh.devices.flat[0].platform)
     crop_size = config.crops.global_crop_size_px
     image_shape = (crop_size, crop_size, config.data.in_channels)
+    # Abstract too: a topology's devices, which are only compiled for, cannot make a key.
+    key = jax.eval_shape(lambda: jax.random.key(config.seed))
     with as_config_error():
-        params = jax.eval_shape(
-            functools.partial(network.init, image_shape=image_shape), jax.random.key(0)
-        )
+        params = jax.eval_shape(functools.partial(network.init, image_shape=image_shape), key)
     groups = parameter_groups(
         params,
         layerwise_lr_decay=config.optim.layerwise_lr_decay,
@@ -108,7 +111,7 @@ def build_trainer(config, mesh: Mesh) -> Trainer:
     init = functools.partial(
         init_state, network=network, optimizer=optimizer, image_shape=image_shape
     )
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    shapes = jax.eval_shape(init, key)
     shardings = sharding.tree_sharding(
         shapes, mesh, min_size_to_shard_mb=config.mesh.min_size_to_shard_mb
     )
@@ -138,19 +141,20 @@ def build_trainer(config, mesh: Mesh) -> Trainer:
     )
 
 
-def compute_dtype(config) -> jnp.dtype:
-    """The type the network computes in."""
+def compute_dtype(config, *, platform: str) -> jnp.dtype:
+    """The type the network computes in, on devices of a platform such as "tpu"."""
     if config.dtype == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.dtype)
 
 
-def build_network(config) -> Network:
-    """Backbone and heads."""
-    model, dtype = config.model, compute_dtype(config)
-    if config.attention == "cudnn" and (jax.default_backend(), dtype) != ("gpu", jnp.bfloat16):
+def build_network(config, *, platform: str) -> Network:
+    """Backbone and heads, for devices of a platform such as "tpu"."""
+    model, dtype = config.model, compute_dtype(config, platform=platform)
+    is_gpu = platform in ("gpu", "cuda")  # its name in jax, and among the topologies
+    if config.attention == "cudnn" and not (is_gpu and dtype == jnp.bfloat16):
         raise ConfigError(
-            f"attention='cudnn' needs a GPU and bfloat16, not {jax.default_backend()} and {dtype}; "
+            f"attention='cudnn' needs a GPU and bfloat16, not {platform} and {dtype}; "
             "use --config.attention=xla"
         )
     sizes = dict(VARIANTS.get(model.variant, {}))

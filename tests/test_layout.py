@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the inside out: a file imports from its own level and those before it only. A name stands
 # for a file, or for a whole room.
 LEVELS = (
-    ("data",),
+    ("data", "cost"),
     ("losses", "optim", "models", "convert", "augment", "neighbors", "config_rules", "preprocess"),
     ("sharding", "config", "hub", "distributed", "signals"),
     ("model",),
@@ -36,7 +36,8 @@ LEVELS = (
     ("evals", "visualize", "report"),
     ("loop", "startup"),
     ("inputs",),
-    ("train",),
+    ("workload",),
+    ("train", "compile"),
 )
 # What may be imported from a later level, and why.
 EXCEPTIONS = {
@@ -44,7 +45,15 @@ EXCEPTIONS = {
     ("losses", "sharding"): "likewise",
 }
 # The only files that see a ConfigDict: below the door, arguments are plain.
-DOOR = {"config.py", "config_rules.py", "startup.py", "inputs.py", "train.py"}
+DOOR = {
+    "config.py",
+    "config_rules.py",
+    "startup.py",
+    "inputs.py",
+    "train.py",
+    "workload.py",
+    "compile.py",
+}
 
 
 def _room(path: pathlib.Path) -> str:

@@ -38,3 +38,39 @@ class Batch(NamedTuple):
     index: np.ndarray  # int64 [b], position in the global order
     # Record of the source that could not be read and was replaced, or -1. int64 [b]
     bad_record: np.ndarray
+
+
+def batch_layout(
+    *,
+    images: int,
+    groups: int,
+    global_crop_size_px: int,
+    local_crop_size_px: int,
+    num_local_crops: int,
+    num_channels: int,
+    crops_per_group: int,
+    patches: int,
+    max_masked_patches: int,
+) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Shape and type of every field of a `Batch`, by its name.
+
+    Args:
+      images, groups: b and s.
+      global_crop_size_px, local_crop_size_px, num_local_crops, num_channels: the crops.
+      crops_per_group: global crops of a group, 2q.
+      patches: n, of a global crop.
+      max_masked_patches: m, slots of a group.
+    """
+    large, small, columns = global_crop_size_px, local_crop_size_px, len(AUGMENT_COLUMNS)
+    num_global = crops_per_group * groups // images
+    return {
+        "global_crops": ((images, num_global, large, large, num_channels), np.uint8),
+        "local_crops": ((images, num_local_crops, small, small, num_channels), np.uint8),
+        "global_augment": ((images, num_global, columns), np.float32),
+        "local_augment": ((images, num_local_crops, columns), np.float32),
+        "masks": ((groups, crops_per_group, patches), np.bool_),
+        "mask_indices": ((groups, max_masked_patches), np.int32),
+        "mask_weights": ((groups, max_masked_patches), np.float32),
+        "index": ((images,), np.int64),
+        "bad_record": ((images,), np.int64),
+    }

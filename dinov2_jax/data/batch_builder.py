@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dinov2_jax.data.batch import AUGMENT_COLUMNS, Batch
+from dinov2_jax.data.batch import Batch, batch_layout
 from dinov2_jax.data.image_ops import decode
 from dinov2_jax.data.masking import BlockMasks
 from dinov2_jax.data.multicrop import NUM_GLOBAL_CROPS, MultiCrop
@@ -108,20 +108,19 @@ class BatchBuilder:
     def _allocate(self, index: np.ndarray) -> Batch:
         rows, groups = len(index), len(self._groups)
         crops, masks = self._multicrop, self._masks
-        large, small = crops.global_crop_size_px, crops.local_crop_size_px
-        channels = self._reading["num_channels"]
-        num_local, columns = crops.num_local_crops, len(AUGMENT_COLUMNS)
-        return Batch(
-            global_crops=np.empty((rows, NUM_GLOBAL_CROPS, large, large, channels), np.uint8),
-            local_crops=np.empty((rows, num_local, small, small, channels), np.uint8),
-            global_augment=np.empty((rows, NUM_GLOBAL_CROPS, columns), np.float32),
-            local_augment=np.empty((rows, num_local, columns), np.float32),
-            masks=np.empty((groups, masks.num_crops, masks.rows * masks.cols), bool),
-            mask_indices=np.empty((groups, masks.max_masked_patches), np.int32),
-            mask_weights=np.empty((groups, masks.max_masked_patches), np.float32),
-            index=index,
-            bad_record=np.empty(rows, np.int64),
+        layout = batch_layout(
+            images=rows,
+            groups=groups,
+            global_crop_size_px=crops.global_crop_size_px,
+            local_crop_size_px=crops.local_crop_size_px,
+            num_local_crops=crops.num_local_crops,
+            num_channels=self._reading["num_channels"],
+            crops_per_group=masks.num_crops,
+            patches=masks.rows * masks.cols,
+            max_masked_patches=masks.max_masked_patches,
         )
+        fields = {name: np.empty(shape, dtype) for name, (shape, dtype) in layout.items()}
+        return Batch(**fields | {"index": index})
 
     def _threads(self) -> concurrent.futures.ThreadPoolExecutor:
         if self._pool is None:

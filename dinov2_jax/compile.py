@@ -1,0 +1,250 @@
+"""Compiles the train step for accelerators that are not there, and says whether it fits.
+
+`python -m dinov2_jax.compile --config=configs/vitg14.py --topology=v5e:16x16`. The very step that
+`train` runs, by the very compiler, on any machine; see docs/pods.md for what the estimates mean.
+Exit codes: 0 it fits, 1 it does not, 2 wrong input.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+# Before jax is imported: an accelerator of this machine is none of this command's business.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+
+from dinov2_jax import config as config_lib
+from dinov2_jax import sharding, startup, workload
+from dinov2_jax.config_rules import ConfigError
+from dinov2_jax.cost.estimate import Estimate, estimate
+from dinov2_jax.cost.hlo import Program
+from dinov2_jax.cost.memory import memory_of, memory_of_failure
+from dinov2_jax.cost.topology import Topology, TopologyError, open_topology
+from dinov2_jax.flags import parse_with_overrides
+
+DOES_NOT_FIT, WRONG_INPUT = 1, 2
+# Without its long search for fast code the compiler takes a fifth of the time, and a little more
+# memory: what fits so, fits.
+QUICK = {"optimization_level": 9}  # jax's number of its level O0
+
+
+def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; see `parse_with_overrides`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dinov2_jax.compile",
+        description="Compiles the train step for a topology without having it.",
+        epilog="--config.KEY=VALUE sets any key of configs/base.py, as in train.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="CHIP:SHAPE",
+        help="such as v5e:16x16, v5p:4x4x8 or cuda:h100:1x8",
+    )
+    parser.add_argument("--slices", type=int, default=1, help="slices of that shape (default 1)")
+    parser.add_argument(
+        "--find_max_batch",
+        "--find-max-batch",
+        action="store_true",
+        help="find the largest global_batch_size that fits",
+    )
+    parser.add_argument(
+        "--fits_only",
+        action="store_true",
+        help="memory alone: no time estimate, in a fifth of the compile time",
+    )
+    parser.add_argument(
+        "--breakdown", action="store_true", help="print what the step's time is spent on"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--hlo", metavar="FILE", help="write the compiled program there")
+    return parse_with_overrides(parser, argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; what is wrong with its input is one line on stderr. Returns the code."""
+    try:
+        flags = parse_flags(sys.argv[1:] if argv is None else argv)
+        config = config_lib.load_config(flags.config, flags.overrides, needs_data=False)
+        topology = open_topology(flags.topology, num_slices=flags.slices)
+        result = (
+            find_max_batch(config, topology)
+            if flags.find_max_batch
+            else check(config, topology, is_quick=flags.fits_only, hlo_file=flags.hlo)
+        )
+    except (ConfigError, TopologyError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return WRONG_INPUT
+    figures, step = result
+    print_figures(figures)
+    if step is not None:
+        print_estimate(figures, step, breakdown=flags.breakdown)
+    if flags.json:
+        pathlib.Path(flags.json).write_text(json.dumps(figures, indent=2) + "\n")
+    return 0 if figures["fits"] else DOES_NOT_FIT
+
+
+def check(
+    config, topology: Topology, *, is_quick: bool = False, hlo_file: str | None = None
+) -> tuple[dict, Estimate | None]:
+    """Compiles the step of a configuration.
+
+    Returns:
+      The figures, by the names that `--json` writes; and the time estimate, if it fits and was
+      not `is_quick`.
+
+    Raises:
+      ConfigError: the configuration cannot run on these devices.
+    """
+    mesh = startup.build_mesh(config, topology.devices)
+    chip = topology.chip
+    with jax.set_mesh(mesh):
+        trainer = startup.build_trainer(config, mesh)
+        batch = workload.abstract_batch(config, mesh)
+        lowered = trainer.train_step.lower(trainer.abstract_state, batch, trainer.schedules.at(0))
+        started = time.perf_counter()
+        try:
+            compiled = lowered.compile(QUICK if is_quick else None)
+            memory = memory_of(compiled, chip)
+        except jax.errors.JaxRuntimeError as error:
+            compiled, memory = None, memory_of_failure(str(error), chip)
+    flops = workload.count_flops(config, trainer.network)
+    num_devices = mesh.devices.size
+    figures = {
+        "topology": topology.name,
+        "slices": topology.num_slices,
+        "mesh": dict(mesh.shape),
+        "remat": config.remat,
+        "attention": config.attention,
+        "grad_accumulation_steps": config.grad_accumulation_steps,
+        "dtype": str(jnp.dtype(trainer.network.backbone.dtype)),
+        "fits": memory.fits,
+        "global_batch_size": config.global_batch_size,
+        "group_size": config.group_size,
+        "num_prototypes": config.dino.num_prototypes,
+        "devices": num_devices,
+        "chips": num_devices // chip.devices_per_chip,
+        "compile_seconds": round(time.perf_counter() - started, 1),
+        "hbm_peak_bytes": memory.peak_bytes,
+        "hbm_limit_bytes": memory.limit_bytes,
+        "hbm_bytes": memory.by_kind,
+        "model_flops": flops.model,
+        "executed_flops": flops.executed,
+        "estimated_step_seconds": None,
+        "estimated_mfu": None,
+    }
+    if compiled is None or is_quick:
+        return figures, None
+    text = compiled.as_text()
+    if hlo_file:
+        pathlib.Path(hlo_file).write_text(text)
+    step = estimate(Program(text), chip)
+    figures["collective_bytes"] = step.collective_bytes
+    figures["warnings"] = step.warnings
+    if chip.clock_hz:
+        figures["estimated_step_seconds"] = step.seconds
+        figures["estimated_mfu"] = flops.executed / (chip.peak_flops * num_devices * step.seconds)
+        figures["seconds_by_part"] = {
+            part: {kind: round(seconds, 6) for kind, seconds in kinds.items()}
+            for part, kinds in step.table().items()
+        }
+    return figures, step
+
+
+def find_max_batch(config, topology: Topology) -> tuple[dict, Estimate | None]:
+    """The check of the largest batch that fits, found by doubling, then halving.
+
+    Batches are whole groups for every batch shard and micro-batch. The search compiles quickly,
+    which takes a little more memory: the next larger batch may just fit as well.
+    """
+    config = config.copy_and_resolve_references()
+    unit = config.group_size * config.grad_accumulation_steps
+    with config.unlocked():
+        config.global_batch_size = unit * len(topology.devices)  # divides, whatever the mesh
+    unit *= sharding.batch_shards(startup.build_mesh(config, topology.devices))
+
+    def attempt(multiple: int) -> dict:
+        with config.unlocked():
+            config.global_batch_size = multiple * unit
+        figures, _ = check(config, topology, is_quick=True)
+        words = "fits" if figures["fits"] else "does not fit"
+        print(f"global_batch_size={multiple * unit} {words}", flush=True)
+        return figures
+
+    best, most, least = None, 0, 1
+    while (figures := attempt(least))["fits"]:
+        best, most, least = figures, least, 2 * least
+    while best is not None and least - most > 1:
+        middle = (most + least) // 2
+        figures = attempt(middle)
+        best, most, least = (figures, middle, least) if figures["fits"] else (best, most, middle)
+    if best is None:
+        return figures, None
+    with config.unlocked():
+        config.global_batch_size = most * unit
+    return check(config, topology)
+
+
+def print_figures(figures: dict) -> None:
+    """What is known without a clock: fits or not, and where the memory goes."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
+    print(
+        f"{figures['topology']}"
+        + (f" x {figures['slices']} slices" if figures["slices"] > 1 else "")
+        + f": {figures['devices']} devices, mesh {axes}; batch {figures['global_batch_size']} in "
+        f"groups of {figures['group_size']}; {figures['dtype']}, remat {figures['remat']}; "
+        f"compiled in {figures['compile_seconds']:.0f} s"
+    )
+    kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in figures["hbm_bytes"].items())
+    peak, limit = figures["hbm_peak_bytes"], figures["hbm_limit_bytes"]
+    if figures["fits"]:
+        print(f"fits: {gib(peak)} of {gib(limit)} HBM ({kinds})")
+    else:
+        over = f"; {gib(peak - limit)} too much" if peak > limit else ""
+        print(f"does not fit: {gib(peak)} of {gib(limit)} HBM{over}" + f" ({kinds})" * bool(kinds))
+    print(
+        f"FLOPs a step: model {figures['model_flops']:.4g}, executed "
+        f"{figures['executed_flops']:.4g}"
+    )
+
+
+def print_estimate(figures: dict, step: Estimate, *, breakdown: bool) -> None:
+    """Collectives, time and MFU; with `breakdown` by part of the step, and the longest lines."""
+    moved = ", ".join(f"{kind} {size / 1e6:.4g} MB" for kind, size in step.collective_bytes.items())
+    print(f"collectives a step and device: {moved or 'none'}")
+    for warning in step.warnings:
+        print(f"warning: {warning}")
+    if figures["estimated_mfu"] is None:
+        print("no time estimate: this compiler states no cycles")
+        return
+    images = figures["global_batch_size"] / figures["chips"] / step.seconds
+    print(
+        f"estimated step {step.seconds * 1e3:.1f} ms, MFU {figures['estimated_mfu']:.1%} of the "
+        f"executed FLOPs, {images:.0f} images/s a chip (nothing overlaps; see docs/pods.md)"
+    )
+    if not breakdown:
+        return
+    kinds = ("products", "kernels", "copies", "other", "collectives")
+    print(f"{'ms a step':22}{'all':>9}" + "".join(f"{kind:>12}" for kind in kinds))
+    for part, seconds in step.table().items():
+        cells = "".join(f"{seconds.get(kind, 0) * 1e3:>12.2f}" for kind in kinds)
+        print(f"{part:22}{sum(seconds.values()) * 1e3:>9.2f}{cells}")
+    print("longest instructions, ms a step:")
+    for row in step.rows[:30]:
+        print(f"{row.seconds * 1e3:8.2f}  {row.part}, {row.kind}: {row.what}")
+
+
+def gib(num_bytes: float) -> str:
+    """ "15.75 GiB"."""
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""The compile check, end to end: tiny steps for topologies that are not there."""
+
+import json
+import os
+import re
+
+import jax
+import pytest
+
+from dinov2_jax import compile, config, startup, workload
+from dinov2_jax.config import REPOSITORY
+from dinov2_jax.cost.chips import TPUS
+from dinov2_jax.cost.topology import is_installed, open_topology
+
+
+@pytest.fixture
+def libtpu():
+    """Skips without the TPU's compiler; with DINOV2_JAX_REQUIRE_LIBTPU=1 (CI) that is a failure."""
+    if not is_installed("libtpu"):
+        message = "THE COMPILE CHECK IS NOT TESTED: pip install -e '.[test,tpu]'"
+        if os.environ.get("DINOV2_JAX_REQUIRE_LIBTPU") == "1":
+            pytest.fail(message, pytrace=False)
+        pytest.skip(message)
+
+
+TINY = {
+    "crops.global_crop_size_px": 28,
+    "crops.local_crop_size_px": 14,
+    "crops.num_local_crops": 2,
+    "model.variant": "custom",
+    "model.patch_size": 7,
+    "model.embed_dim": 64,
+    "model.depth": 3,
+    "model.num_heads": 2,
+    "dino.num_prototypes": 256,
+    "ibot.num_prototypes": 256,
+    "dino.hidden_dim": 64,
+    "ibot.hidden_dim": 64,
+    "augment.blur_kernel_size_px": 3,
+    "global_batch_size": 16,
+    "group_size": 4,
+}
+
+
+TINY_TEXTS = [(key, str(value)) for key, value in TINY.items()]
+
+
+def flags(topology: str, **changes) -> list[str]:
+    keys = TINY | changes
+    return [
+        f"--config={REPOSITORY / 'configs' / 'vits14.py'}",
+        f"--topology={topology}",
+        *(f"--config.{key}={value}" for key, value in keys.items()),
+    ]
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_a_step_that_fits(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    hlo = tmp_path / "step.hlo"
+    argv = [*flags("v5e:2x2"), "--breakdown", f"--json={file}", f"--hlo={hlo}"]
+    assert compile.main(argv) == 0
+    figures = json.loads(file.read_text())
+    out = capsys.readouterr().out
+    assert figures["fits"] and "fits:" in out
+    assert (figures["devices"], figures["global_batch_size"]) == (4, 16)
+    assert figures["num_prototypes"] == 256
+    assert figures["dtype"] == "bfloat16"  # of the topology, not of this machine
+    assert sum(figures["hbm_bytes"].values()) == figures["hbm_peak_bytes"]
+    assert 0 < figures["hbm_peak_bytes"] < figures["hbm_limit_bytes"] == TPUS["v5e"].hbm_bytes
+    chip, seconds = TPUS["v5e"], figures["estimated_step_seconds"]
+    assert figures["estimated_mfu"] == pytest.approx(
+        figures["executed_flops"] / (4 * chip.peak_flops * seconds)
+    )
+    by_part = figures["seconds_by_part"]
+    assert sum(sum(kinds.values()) for kinds in by_part.values()) == pytest.approx(
+        seconds, abs=1e-4
+    )
+    for part in ("attention", "mlp", "heads", "targets", "collectives", "augmentation"):
+        assert sum(by_part[part].values()) > 0 and re.search(rf"^{part} ", out, re.MULTILINE)
+    # The gradients of a replicated network are summed over the devices, at least once.
+    assert figures["collective_bytes"]["all-reduce"] > 0
+    assert not figures["warnings"]
+    assert "is_scheduled=true" in hlo.read_text()
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_a_step_that_does_not_fit(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    argv = [*flags("v5e:2x2", global_batch_size=65536), "--fits_only", f"--json={file}"]
+    assert compile.main(argv) == 1
+    figures = json.loads(file.read_text())
+    assert not figures["fits"]
+    assert figures["hbm_peak_bytes"] > figures["hbm_limit_bytes"] == TPUS["v5e"].hbm_bytes
+    assert figures["estimated_mfu"] is None
+    assert re.search(r"does not fit: .* GiB too much", capsys.readouterr().out)
+
+
+def test_gpus_too(tmp_path):
+    """Memory and collectives; there is no clock to estimate by."""
+    if not is_installed("jax_plugins.xla_cuda12"):
+        pytest.skip("the CUDA compiler is not installed: pip install -e '.[test,cuda12]'")
+    file = tmp_path / "figures.json"
+    assert compile.main([*flags("cuda:h100:2x2"), f"--json={file}"]) == 0
+    figures = json.loads(file.read_text())
+    assert (figures["devices"], figures["dtype"]) == (4, "bfloat16")
+    assert figures["hbm_peak_bytes"] > 0 and figures["collective_bytes"]["all-reduce"] > 0
+    assert figures["estimated_step_seconds"] is None
+
+
+def test_max_batch_is_found_by_doubling_and_halving(monkeypatch, capsys):
+    tried = []
+
+    def check(cfg, topology, *, is_quick=False):
+        tried.append(cfg.global_batch_size)
+        return {"fits": cfg.global_batch_size <= 44, "batch": cfg.global_batch_size}, None
+
+    monkeypatch.setattr(compile, "check", check)
+    cfg = config.load_config(
+        str(REPOSITORY / "configs" / "vits14.py"),
+        TINY_TEXTS,
+        needs_data=False,
+    )
+
+    class EightDevices:
+        devices = jax.devices()
+
+    assert compile.find_max_batch(cfg, EightDevices)[0] == {"fits": True, "batch": 32}
+    assert tried == [32, 64, 32]  # 8 shards of groups of 4; then the check of the best
+    tried.clear()
+    EightDevices.devices = jax.devices()[:1]
+    assert compile.find_max_batch(cfg, EightDevices)[0] == {"fits": True, "batch": 44}
+    assert tried == [4, 8, 16, 32, 64, 48, 40, 44, 44]
+    assert "global_batch_size=48 does not fit" in capsys.readouterr().out
+
+
+def test_no_batch_fits(monkeypatch):
+    monkeypatch.setattr(compile, "check", lambda *_, **__: ({"fits": False}, None))
+    cfg = config.load_config(
+        str(REPOSITORY / "configs" / "vits14.py"), TINY_TEXTS, needs_data=False
+    )
+
+    class OneDevice:
+        devices = jax.devices()[:1]
+
+    assert compile.find_max_batch(cfg, OneDevice) == ({"fits": False}, None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--topology=v5e:2x2"], "--config"),
+        ([f"--config={REPOSITORY / 'configs' / 'vits14.py'}"], "--topology"),
+        (flags("v9:2x2"), r"v9:2x2 must be CHIP:SHAPE, such as .*v5e:16x16"),
+        (flags("v5e"), "v5e must be CHIP:SHAPE"),
+        (flags("v5e:0x2"), "v5e:0x2 must be CHIP:SHAPE"),
+        (flags("cuda:v100:1x8"), "cuda:v100:1x8 must be CHIP:SHAPE.*GPUs: a100, h100, h200"),
+        (flags("cuda:h100:8"), "the shape must have 2 axes, as cuda:h100:1x8 has"),
+        (flags("v5e:2x2x2"), "the shape must have 2 axes"),
+        ([*flags("v5e:2x2"), "--slices=0"], "--slices=0 must be at least 1"),
+        ([*flags("v5e:2x2"), "--slices=two"], "slices"),
+        ([*flags("v5e:2x2"), "--find_max_batches"], "did you mean --find_max_batch"),
+        (flags("v5e:2x2", **{"optim.clip_nrom": 3}), "clip_norm"),
+    ],
+)
+def test_wrong_input_is_one_line(argv, message, capsys):
+    assert compile.main(argv) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("libtpu")
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (flags("v5e:3x5"), "v5e:3x5 is no slice that the compiler knows"),
+        (flags("v5e:2x2", **{"mesh.data": 3, "mesh.fsdp": 2}), "mesh"),
+        (flags("v5e:2x2", group_size=16), "group"),
+        (flags("v5e:2x2", attention="cudnn"), "cudnn"),
+        ([*flags("v5e:2x2", **{"mesh.fsdp": 8, "mesh.data": 1}), "--slices=2"], "slices"),
+    ],
+)
+def test_what_the_devices_do_not_allow_is_one_line(argv, message, capsys):
+    assert compile.main(argv) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_slices_are_cut_by_data_alone():
+    topology = open_topology("v5e:2x2", num_slices=2)
+    mesh = startup.sharding.make_mesh(data=-1, fsdp=2, devices=topology.devices)
+    assert mesh.devices.shape == (4, 2, 1)
+    slices = [[device.slice_index for device in row] for row in mesh.devices[:, :, 0]]
+    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+
+
+def test_flops_are_those_of_the_program():
+    """Against the matrix products in the jaxpr of the step, drop path and padding included."""
+    cfg = config.load_config(
+        str(REPOSITORY / "configs" / "vits14.py"),
+        [*TINY_TEXTS, ("model.drop_path_rate", "0.3"), ("koleo.loss_weight", "0")],
+        needs_data=False,
+    )
+    mesh = startup.build_mesh(cfg, jax.devices()[:1])
+    trainer = startup.build_trainer(cfg, mesh)
+    batch = workload.abstract_batch(cfg, mesh)
+    jaxpr = jax.make_jaxpr(trainer.train_step)(
+        trainer.abstract_state, batch, trainer.schedules.at(0)
+    )
+    counted = workload.count_flops(cfg, trainer.network)
+    d, rows, large, small = 64, 2 * 16, 28 // 7, 14 // 7
+    gram = 2 * rows * rows * d  # of the metric feature_rank
+    resized = (
+        2 * 2 * d * small * large * (large + small)
+    )  # positions for the locals, there and back
+    assert products(jaxpr.jaxpr) == counted.executed + gram + resized
+    assert counted.model > counted.executed
+
+
+def products(jaxpr, times: int = 1) -> float:
+    total = 0
+    for equation in jaxpr.eqns:
+        scope = str(equation.source_info.name_stack)
+        counts = not re.search("augment|targets", scope)
+        if equation.primitive.name == "dot_general" and counts:
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            inner = 1
+            for axis in contracted:
+                inner *= equation.invars[0].aval.shape[axis]
+            total += 2 * times * equation.outvars[0].aval.size * inner
+        turns = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for value in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns"),
+        ):
+            inside = getattr(value, "jaxpr", value)
+            if hasattr(inside, "eqns"):
+                total += products(inside, times * turns)
+    return total
