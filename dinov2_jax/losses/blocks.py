@@ -127,10 +127,11 @@ def choose_layout(row_shape: tuple[int, ...], num_prototypes: int, block_size: i
         return size // math.prod(sizes[axis] for axis in axes)
 
     row_axes, prototype_axes = fit(row_shape[0], BATCH_AXES), fit(num_prototypes, ("model",))
-    cut_more = fit(num_prototypes, ("model", "fsdp"))
     rows = math.prod(row_shape)
-    if "fsdp" in cut_more and rows // sizes["data"] <= local(num_prototypes, prototype_axes):
-        row_axes, prototype_axes = fit(row_shape[0], BATCH_AXES[:1]), cut_more
+    if sizes.get("fsdp", 1) > 1:
+        fewer, more = fit(row_shape[0], ("data",)), fit(num_prototypes, ("model", "fsdp"))
+        if "fsdp" in more and local(rows, fewer) <= local(num_prototypes, prototype_axes):
+            row_axes, prototype_axes = fewer, more
     num_local = local(num_prototypes, prototype_axes)
     wished = block_size or LOGITS_PER_BLOCK / max(local(rows, row_axes), 1)
     return Layout(num_local // nearest_divisor(num_local, wished), row_axes, prototype_axes)
