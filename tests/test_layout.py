@@ -33,7 +33,7 @@ LEVELS = (
         "rhythm",
     ),
     ("evals", "visualize", "report"),
-    ("loop", "startup"),
+    ("loop", "startup_heads", "startup"),
     ("inputs",),
     ("train",),
 )
@@ -43,7 +43,7 @@ EXCEPTIONS = {
     ("losses", "sharding"): "likewise",
 }
 # The only files that see a ConfigDict: below the door, arguments are plain.
-DOOR = {"config.py", "config_rules.py", "startup.py", "inputs.py", "train.py"}
+DOOR = {"config.py", "config_rules.py", "startup.py", "startup_heads.py", "inputs.py", "train.py"}
 
 
 def _room(path: pathlib.Path) -> str:

@@ -239,6 +239,28 @@ class BlockHeads:
         )
 
 
+# On a CPU dense heads are faster, so blocks are for what would not fit; on a TPU blocks win in
+# both. docs/performance.md, "Prototype losses", has the measurements.
+MAX_DENSE_BYTES = 2 * 2**30
+
+
+def choose_head_mode(
+    heads: str, *, backend: str, logit_bytes: int, block_size: int = 0
+) -> HeadMode:
+    """The mode that `heads` ("auto", "dense" or "blocks") means.
+
+    Args:
+      heads: "auto" is blocks on a TPU, and wherever dense heads take above `MAX_DENSE_BYTES`.
+      backend: "cpu", "gpu" or "tpu".
+      logit_bytes: what dense heads would take on one device.
+      block_size: of `BlockHeads`.
+    """
+    if heads == "auto":
+        is_large = logit_bytes > MAX_DENSE_BYTES
+        heads = "blocks" if backend == "tpu" or is_large else "dense"
+    return BlockHeads(block_size) if heads == "blocks" else DenseHeads()
+
+
 def _prototypes(head: Head) -> Prototypes:
     """The last layer's parameters, as they are stored."""
     last_layer = head.params["last_layer"]
