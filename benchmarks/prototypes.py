@@ -96,21 +96,27 @@ def report_time(rows: list[int], ks: list[int], block_sizes: list[int], num_roun
             ways |= {f"blocks {size or 'auto'}": BlockHeads(size) for size in block_sizes}
             compiled = {name: case.compile(heads) for name, heads in ways.items()}
             inputs = case.inputs()
-            seconds = {name: [] for name in ways}
+            wall, cpu = ({name: [] for name in ways} for _ in range(2))
             for _ in range(num_rounds + 1):
                 for name, run in compiled.items():
-                    started = time.perf_counter()
+                    started = time.perf_counter(), time.process_time()
                     jax.block_until_ready(run(*inputs))
-                    seconds[name].append(time.perf_counter() - started)
-            for name, values in seconds.items():
-                ratios = [a / b for a, b in zip(values, seconds["dense"], strict=True)]
+                    wall[name].append(time.perf_counter() - started[0])
+                    cpu[name].append(time.process_time() - started[1])
+            for name in ways:
                 print(
                     f"rows {num_rows:5}  K {k:7}  {name:12} "
-                    f"{1e3 * statistics.median(values[1:]):8.1f} ms "
-                    f"({1e3 * min(values[1:]):.1f} at best), "
-                    f"{statistics.median(ratios[1:]):.2f} times dense",
+                    f"{1e3 * statistics.median(wall[name][1:]):8.1f} ms "
+                    f"({1e3 * min(wall[name][1:]):.1f} at best), {ratio(wall, name):.2f} times "
+                    f"dense; {ratio(cpu, name):.2f} times in CPU time",
                     flush=True,
                 )
+
+
+def ratio(seconds: dict[str, list[float]], name: str) -> float:
+    """Median over rounds of what `name` took, in times of dense; the first round warms up."""
+    pairs = zip(seconds[name][1:], seconds["dense"][1:], strict=True)
+    return statistics.median(a / b for a, b in pairs)
 
 
 def main() -> None:

@@ -18,8 +18,9 @@ from jax.sharding import PartitionSpec as P
 from dinov2_jax.models.heads import cosine_logits, weight_norm
 from dinov2_jax.sharding import BATCH_AXES
 
-# Logits of one block on one device: 16 MiB in float32. See docs/performance.md, "Prototype losses".
-LOGITS_PER_BLOCK = 2**22
+# Numbers in the largest array of one block on one device, its logits or its weights: 8 MiB in
+# float32. See docs/performance.md, "Prototype losses".
+NUMBERS_PER_BLOCK = 2**21
 
 
 @flax.struct.dataclass
@@ -103,7 +104,9 @@ class Layout:
         return index * num_local
 
 
-def choose_layout(row_shape: tuple[int, ...], num_prototypes: int, block_size: int = 0) -> Layout:
+def choose_layout(
+    row_shape: tuple[int, ...], num_prototypes: int, *, width: int, block_size: int = 0
+) -> Layout:
     """The layout of a pass, from shapes and the mesh in use.
 
     `fsdp` cuts rows or prototypes: whichever of the two then has to be gathered is the smaller.
@@ -112,9 +115,10 @@ def choose_layout(row_shape: tuple[int, ...], num_prototypes: int, block_size: i
     Args:
       row_shape: `[s, ...]` of the rows; groups `s` are what the batch is cut over.
       num_prototypes: k.
-      block_size: prototypes of a block on one device; 0: such that a block has about
-        `LOGITS_PER_BLOCK` logits. The divisor of the device's prototypes that is nearest to it is
-        taken: all of them, if their number is prime.
+      width: of the features and prototypes, d.
+      block_size: prototypes of a block on one device; 0: such that a block's logits, or its
+        weights if they are more, are about `NUMBERS_PER_BLOCK`. The divisor of the device's
+        prototypes that is nearest to it is taken: all of them, if their number is prime.
     """
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
 
@@ -133,7 +137,7 @@ def choose_layout(row_shape: tuple[int, ...], num_prototypes: int, block_size: i
         if "fsdp" in more and local(rows, fewer) <= local(num_prototypes, prototype_axes):
             row_axes, prototype_axes = fewer, more
     num_local = local(num_prototypes, prototype_axes)
-    wished = block_size or LOGITS_PER_BLOCK / max(local(rows, row_axes), 1)
+    wished = block_size or NUMBERS_PER_BLOCK / max(local(rows, row_axes), width)
     return Layout(num_local // nearest_divisor(num_local, wished), row_axes, prototype_axes)
 
 

@@ -223,7 +223,10 @@ class BlockHeads:
         return mean_over_masked(loss, mask_weights, num_crops=num_crops)
 
     def _layout(self, head: Head, features: Array) -> Layout:
-        return choose_layout(features.shape[:-1], head.num_prototypes, self.block_size)
+        *row_shape, width = features.shape
+        return choose_layout(
+            tuple(row_shape), head.num_prototypes, width=width, block_size=self.block_size
+        )
 
     def _cross_entropy(self, head, features, target, student_temp, assign):
         bottleneck = head.bottleneck(features)

@@ -56,8 +56,8 @@ def dense_loss(student, prototypes, case, *, kind, assign, logits=Prototypes.log
 
 def block_loss(student, prototypes, case, *, kind, assign, block_size=4):
     teacher, teacher_prototypes = case["teacher"], case["teacher_prototypes"]
-    k = prototypes.weight_v.shape[0]
-    layout = choose_layout(teacher.shape[:-1], k, block_size)
+    k, width = prototypes.weight_v.shape
+    layout = choose_layout(teacher.shape[:-1], k, width=width, block_size=block_size)
     if kind == "softmax_center":
         targets = block_targets.softmax_center(
             teacher, teacher_prototypes, case["center"], TEMP, layout=layout

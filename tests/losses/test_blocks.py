@@ -19,15 +19,16 @@ def test_nearest_divisor(number, wished, expected):
 
 @pytest.mark.parametrize("num_rows", [1, 80, 600, 240_000])
 @pytest.mark.parametrize("k", [4096, 65_536, 131_072])
-def test_a_block_has_the_wished_number_of_logits(num_rows, k):
-    layout = blocks.choose_layout((1, num_rows), k)
-    logits = num_rows * k // layout.num_blocks
-    assert logits <= 1.5 * blocks.LOGITS_PER_BLOCK
-    assert logits >= blocks.LOGITS_PER_BLOCK / 1.5 or layout.num_blocks == 1
+def test_a_block_has_the_wished_size(num_rows, k):
+    layout = blocks.choose_layout((1, num_rows), k, width=256)
+    largest = max(num_rows, 256) * k // layout.num_blocks
+    assert largest <= 1.5 * blocks.NUMBERS_PER_BLOCK
+    assert largest >= blocks.NUMBERS_PER_BLOCK / 1.5 or layout.num_blocks == 1
 
 
 def test_a_block_size_is_taken_at_its_word_if_it_divides():
-    assert blocks.choose_layout((8, 100), 4096, 512) == blocks.Layout(8)
+    layout = blocks.choose_layout((8, 100), 4096, width=8, block_size=512)
+    assert layout == blocks.Layout(8)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_a_block_size_is_taken_at_its_word_if_it_divides():
 )
 def test_layout_on_a_mesh(mesh, row_shape, k, row_axes, prototype_axes):
     with jax.set_mesh(make_mesh(**mesh)):
-        layout = blocks.choose_layout(row_shape, k, 4)
+        layout = blocks.choose_layout(row_shape, k, width=8, block_size=4)
     assert (layout.row_axes, layout.prototype_axes) == (row_axes, prototype_axes)
     num_local = k // np.prod([mesh.get(axis, 1) for axis in prototype_axes], dtype=int)
     assert layout.num_blocks == num_local // blocks.nearest_divisor(num_local, 4)
