@@ -27,8 +27,8 @@ def get_config() -> ConfigDict:
     total_steps = config.get_ref("total_steps")
     # Micro-batches a step, of whole groups each. Sinkhorn, the centers and the loss means still
     # see the whole batch and KoLeo its groups: the result is that of 1 up to rounding, but for
-    # drop path, which draws anew for each micro-batch. Saves the student's activations only: the
-    # teacher's logits and targets of the whole batch stay in memory.
+    # drop path, which draws anew for each micro-batch. Saves the student's activations; the
+    # teacher's targets of the whole batch stay, which heads="blocks" keeps as a few numbers a row.
     config.grad_accumulation_steps = 1
 
     config.data = ConfigDict()
@@ -147,6 +147,10 @@ def get_config() -> ConfigDict:
     # ---- speed only ----------------------------------------------------------------------------
     config.remat = "none"  # none | dots | blocks: what the backward pass recomputes
     config.attention = "xla"  # xla | cudnn (GPU, bfloat16)
+    # Prototype losses: dense (logits [rows, k]) | blocks (of prototypes: memory does not grow with
+    # k) | auto (blocks on TPU, and where dense logits take above 2 GiB on a device).
+    config.heads = "auto"
+    config.head_block_size = 0  # prototypes of a block on one device; 0: by the number of rows
     config.scan_unroll = 1  # blocks unrolled in each turn of the scan over depth
 
     config.mesh = ConfigDict()

@@ -32,6 +32,8 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 SPEED_ONLY = (
     "remat",
     "attention",
+    "heads",
+    "head_block_size",
     "scan_unroll",
     "mesh",
     "loader",

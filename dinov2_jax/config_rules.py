@@ -18,6 +18,7 @@ CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
     "remat": ("none", "dots", "blocks"),
     "attention": ("xla", "cudnn"),
+    "heads": ("auto", "dense", "blocks"),
     "eval.kind": ("none", "knn", "crop_identity"),
     "data.in_channels": (1, 3, 4),
 }
@@ -40,8 +41,8 @@ AT_LEAST = {
         "optim.weight_decay_start optim.weight_decay_end optim.clip_norm "
         "optim.patch_embed_lr_multiplier optim.freeze_last_layer_steps loader.num_workers "
         "mesh.min_size_to_shard_mb checkpoint_every_steps eval_every_steps teacher_every_steps "
-        "checkpoints.keep_every_steps guards.max_nonfinite_steps augment.brightness "
-        "augment.contrast augment.saturation augment.solarize_threshold"
+        "checkpoints.keep_every_steps head_block_size guards.max_nonfinite_steps "
+        "augment.brightness augment.contrast augment.saturation augment.solarize_threshold"
     ),
 }
 POSITIVE = (

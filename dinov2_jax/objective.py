@@ -7,17 +7,17 @@ separate so that other compositions (a frozen teacher, no masks) can reuse them.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from dinov2_jax.losses import centering, diagnostics
-from dinov2_jax.losses.dino import dino_global_loss, dino_local_loss, num_loss_terms
-from dinov2_jax.losses.ibot import ibot_loss
+from dinov2_jax.losses import diagnostics
+from dinov2_jax.losses.dino import num_loss_terms
+from dinov2_jax.losses.head_modes import DenseHeads, HeadMode
 from dinov2_jax.losses.koleo import koleo_loss
-from dinov2_jax.sharding import shard_rows
 from dinov2_jax.train_state import Network, Params
 
 Metrics = dict[str, jax.Array]
@@ -34,6 +34,7 @@ class LossSettings:
       num_sinkhorn_iters: of Sinkhorn-Knopp.
       center_momentum: EMA momentum of the softmax centers.
       student_temp: temperature of the student's softmax.
+      heads: how logits and targets are computed; the result is the same.
     """
 
     dino_weight: float = 1.0
@@ -44,6 +45,7 @@ class LossSettings:
     num_sinkhorn_iters: int = 3
     center_momentum: float = 0.9
     student_temp: float = 0.1
+    heads: HeadMode = dataclasses.field(default_factory=DenseHeads)
 
 
 @flax.struct.dataclass
@@ -59,10 +61,13 @@ class Views:
 
 @flax.struct.dataclass
 class Targets:
-    """The teacher's word on a batch; rows sum to 1, and padding rows count for nothing."""
+    """The teacher's word on a batch, by loss ("dino", "ibot"), as `losses.head_modes` keeps it."""
 
-    dino_probs: jax.Array | None  # [s, g, q, k]
-    ibot_probs: jax.Array | None  # [s, m, k]
+    rows: dict[str, Any]  # of the rows [s, ...]: [s, g, q] of DINO, [s, m] of iBOT
+    shared: dict[str, Any]  # of all rows
+
+    def of(self, loss: str) -> tuple:
+        return self.rows[loss], self.shared[loss]
 
 
 def make_views(
@@ -100,64 +105,59 @@ def gather_masked(patches: jax.Array, indices: jax.Array) -> jax.Array:
     return jnp.take_along_axis(tokens, indices[:, :, None], axis=1)
 
 
-def teacher_logits(
+def teacher_rows(
     teacher: Params, views: Views, *, network: Network, losses: LossSettings
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Class features [s, g, q, d], DINO logits [s, g, q, k] and iBOT logits [s, m, k]."""
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Class features [s, g, q, d], and by loss what its targets are made of.
+
+    Logits or head features: of the class tokens [s, g, q, .] and of the masked patches [s, m, .].
+    """
     s, g = views.global_crops.shape[:2]
     images = rearrange(views.global_crops, "s g q ... -> (s g q) ...")
     output = network.apply("backbone", teacher, images)
     cls = rearrange(output.cls, "(s g q) d -> s g q d", s=s, g=g)
-    dino = network.apply("dino_head", teacher, cls) if losses.dino_weight else None
-    ibot = None
+    rows = {}
+    if losses.dino_weight:
+        rows["dino"] = losses.heads.rows(network.head("dino", teacher), cls)
     if losses.ibot_weight:
         tokens = gather_masked(output.patches, views.mask_indices)
-        ibot = network.apply(network.patch_head_name, teacher, tokens)
-    return cls, dino, ibot
+        rows["ibot"] = losses.heads.rows(network.head("ibot", teacher), tokens)
+    return cls, rows
 
 
-def center_targets(
-    dino_logits: jax.Array | None,
-    ibot_logits: jax.Array | None,
+def teacher_targets(
+    teacher: Params,
+    rows: dict[str, jax.Array],
     centers: dict[str, jax.Array],
     mask_weights: jax.Array,
     *,
     teacher_temp: jax.Array,
+    network: Network,
     losses: LossSettings,
-) -> tuple[Targets, dict[str, jax.Array]]:
-    """Turns teacher logits into targets over the whole batch; also returns the next centers."""
-    centers = dict(centers)
+) -> tuple[Targets, dict[str, jax.Array], Metrics]:
+    """Turns the rows of the whole batch into targets.
 
-    def targets_of(name: str, logits: jax.Array | None, is_real: jax.Array) -> jax.Array | None:
-        if logits is None:
-            return None
-        rows = shard_rows(logits.reshape(-1, logits.shape[-1]), last="model")
-        if losses.centering == "sinkhorn_knopp":
-            probs = centering.sinkhorn_knopp(
-                rows,
-                teacher_temp,
-                row_weights=is_real.reshape(-1),
-                num_iters=losses.num_sinkhorn_iters,
-            )
-        else:
-            probs = centering.softmax_center(rows, centers[name], teacher_temp)
-            # The reference averages over the rows of a GPU, then over GPUs: a mean of group means.
-            group_rows = jnp.maximum(is_real.sum(axis=1, keepdims=True), 1.0)
-            centers[name] = centering.update_center(
-                centers[name],
-                rows,
-                row_weights=(is_real / group_rows).reshape(-1),
-                momentum=losses.center_momentum,
-            )
-        return probs.reshape(logits.shape)
-
-    num_groups = mask_weights.shape[0]
-    cls_rows = 0 if dino_logits is None else dino_logits.shape[1] * dino_logits.shape[2]
-    targets = Targets(
-        dino_probs=targets_of("dino", dino_logits, jnp.ones((num_groups, cls_rows))),
-        ibot_probs=targets_of("ibot", ibot_logits, (mask_weights > 0).astype(jnp.float32)),
-    )
-    return targets, centers
+    Returns:
+      The targets, the next centers, and what is worth watching about the DINO targets.
+    """
+    target_rows, shared, centers = {}, {}, dict(centers)
+    for loss, loss_rows in rows.items():
+        is_real = mask_weights > 0 if loss == "ibot" else jnp.ones(loss_rows.shape[:-1], bool)
+        (target_rows[loss], shared[loss]), centers[loss] = losses.heads.targets(
+            network.head(loss, teacher),
+            loss_rows,
+            is_real=is_real,
+            center=centers[loss],
+            temp=teacher_temp,
+            centering=losses.centering,
+            num_sinkhorn_iters=losses.num_sinkhorn_iters,
+            center_momentum=losses.center_momentum,
+        )
+    targets = Targets(target_rows, shared)
+    watch = {}
+    if "dino" in rows:
+        watch = losses.heads.target_metrics(network.head("dino", teacher), targets.of("dino"))
+    return targets, centers, watch
 
 
 def student_loss(
@@ -179,46 +179,45 @@ def student_loss(
     cls, patches = student_features(
         student, views, key, network=network, has_masks=bool(losses.ibot_weight)
     )
-    temp = losses.student_temp
     terms: Metrics = {}
     watch: Metrics = {}
 
     if losses.dino_weight:
         num_terms = num_loss_terms(num_global_crops=g, num_local_crops=num_local)
-        logits = network.apply("dino_head", student, cls)  # [s, g + l, q, k]
-        logits, local_logits = logits[:, :g], logits[:, g:]
-        terms["dino_global_loss"] = dino_global_loss(
-            logits, targets.dino_probs, student_temp=temp, num_terms=num_terms
-        )
-        terms["dino_local_loss"] = dino_local_loss(
-            local_logits, targets.dino_probs, student_temp=temp, num_terms=num_terms
+        head = network.head("dino", student)
+        terms["dino_global_loss"], terms["dino_local_loss"], watch["student_entropy"] = (
+            losses.heads.dino_losses(
+                head,
+                cls,
+                targets.of("dino"),
+                num_global_crops=g,
+                num_terms=num_terms,
+                student_temp=losses.student_temp,
+            )
         )
         watch["dino_ce_over_log_k"] = diagnostics.dino_ce_over_log_k(
             terms["dino_local_loss"],
             terms["dino_global_loss"],
             num_local_crops=num_local,
             num_terms=num_terms,
-            num_prototypes=logits.shape[-1],
-        )
-        watch["student_entropy"] = diagnostics.student_entropy(
-            rearrange(logits, "s g q k -> (s g q) k"), student_temp=temp
+            num_prototypes=head.num_prototypes,
         )
 
     if losses.ibot_weight:
-        tokens = gather_masked(patches, views.mask_indices)
-        logits = network.apply(network.patch_head_name, student, tokens)  # [s, m, k]
-        terms["ibot_loss"] = ibot_loss(
-            logits,
-            targets.ibot_probs,
+        head = network.head("ibot", student)
+        terms["ibot_loss"] = losses.heads.ibot_loss(
+            head,
+            gather_masked(patches, views.mask_indices),
+            targets.of("ibot"),
             views.mask_weights,
-            student_temp=temp,
             num_crops=s * g * q,
+            student_temp=losses.student_temp,
         )
         watch["ibot_ce_over_log_k"] = diagnostics.ibot_ce_over_log_k(
             terms["ibot_loss"],
             views.mask_weights,
             num_crops=s * g * q,
-            num_prototypes=logits.shape[-1],
+            num_prototypes=head.num_prototypes,
         )
 
     if losses.koleo_weight:

@@ -18,6 +18,7 @@ def start_table(
     mesh: Mesh,
     state: TrainState,
     dtype: str,
+    heads: str,
     global_batch_size: int,
     group_size: int,
     learning_rate: str,
@@ -32,6 +33,7 @@ def start_table(
       mesh: of the devices in use.
       state: abstract, with shardings.
       dtype: of the computation.
+      heads: how the prototype losses are computed.
       global_batch_size, group_size: images.
       learning_rate: the sentence about it.
       activation_bytes: estimate for one device.
@@ -49,6 +51,7 @@ def start_table(
         "workdir": str(workdir),
         "mesh": f"{axes}, of {len(devices)} x {devices[0].device_kind}",
         "compute type": dtype,
+        "prototype losses": heads,
         "parameters": parameter_line(state.student),
         "steps": f"{total_steps:,}, {epochs:.4g} passes over the data",
         "batch": f"{global_batch_size} images, {global_batch_size // group_size} x {group_size} "
@@ -90,14 +93,12 @@ def estimate_activation_bytes(
     itemsize: int,
     kept_share: float,
     remat: str,
-    num_prototypes: Sequence[int],
-    masked_tokens: int,
 ) -> int:
-    """A rough upper figure of what one device keeps for the backward pass, in bytes.
+    """A rough upper figure of what one device keeps of the backbone for the backward pass.
 
-    Per token and block: the normalised inputs, queries, keys, values, the branches' outputs and
-    the hidden layer before and after its nonlinearity, and the attention's probabilities. Then the
-    logits of student and teacher, with their gradients, in f32.
+    In bytes. Per token and block: the normalised inputs, queries, keys, values, the branches'
+    outputs and the hidden layer before and after its nonlinearity, and the attention's
+    probabilities.
 
     Args:
       images: on one device.
@@ -107,8 +108,6 @@ def estimate_activation_bytes(
       itemsize: bytes of the compute type.
       kept_share: of the images, by a drop path that leaves images out.
       remat: as configured.
-      num_prototypes: of the DINO and the iBOT head; 0: no such loss.
-      masked_tokens: of one image's global crops, on average.
     """
     per_block = 0.0
     for crops, tokens in ((2, global_tokens), (num_local_crops, local_tokens)):
@@ -116,9 +115,30 @@ def estimate_activation_bytes(
         if remat == "blocks":
             widths = embed_dim
         per_block += images * crops * tokens * widths * (1.0 if remat == "blocks" else kept_share)
-    logit_rows = (images * (4 + num_local_crops), 2 * images * masked_tokens)
-    logits = sum(rows * k for rows, k in zip(logit_rows, num_prototypes, strict=True))
-    return int(per_block * depth * itemsize + 3 * 4 * logits)
+    return int(per_block * depth * itemsize)
+
+
+def estimate_logit_bytes(
+    *,
+    images: int,
+    num_micro_batches: int,
+    num_local_crops: int,
+    masked_tokens: float,
+    num_prototypes: Sequence[int],
+) -> int:
+    """What dense heads keep on one device: targets of the batch, logits of a micro-batch, in f32.
+
+    Args:
+      images: on one device, in all micro-batches.
+      num_micro_batches: that the student sees them in.
+      num_local_crops: of one image.
+      masked_tokens: of one global crop, on average.
+      num_prototypes: on one device, of the DINO and the iBOT head; 0: no such loss.
+    """
+    dino_rows = 2 + (2 + num_local_crops) / num_micro_batches
+    ibot_rows = 2 * masked_tokens * (1 + 1 / num_micro_batches)
+    dino, ibot = num_prototypes
+    return int(4 * images * (dino_rows * dino + ibot_rows * ibot))
 
 
 # What a finished run leaves, as its last words put it.

@@ -28,6 +28,7 @@ from dinov2_jax.optim.schedules import (
     describe_learning_rate,
     scaled_learning_rate,
 )
+from dinov2_jax.startup_heads import build_heads, describe_heads
 from dinov2_jax.train_state import Network, Params, TrainState, init_state
 from dinov2_jax.train_step import make_train_step
 
@@ -118,7 +119,7 @@ def build_trainer(config, mesh: Mesh) -> Trainer:
     train_step = make_train_step(
         network=network,
         optimizer=optimizer,
-        losses=build_losses(config),
+        losses=build_losses(config, mesh),
         augment=build_augment(config),
         seed=config.seed,
         num_micro_batches=config.grad_accumulation_steps,
@@ -200,8 +201,8 @@ def build_network(config, *, platform: str) -> Network:
     )
 
 
-def build_losses(config) -> LossSettings:
-    """Weights and constants of the losses."""
+def build_losses(config, mesh: Mesh) -> LossSettings:
+    """Weights and constants of the losses, and how the prototypes are gone through."""
     return LossSettings(
         dino_weight=config.dino.loss_weight,
         ibot_weight=config.ibot.loss_weight,
@@ -211,6 +212,7 @@ def build_losses(config) -> LossSettings:
         num_sinkhorn_iters=config.centering.num_sinkhorn_iters,
         center_momentum=config.centering.center_momentum,
         student_temp=config.centering.student_temp,
+        heads=build_heads(config, mesh),
     )
 
 
@@ -259,9 +261,6 @@ def describe(config, trainer: Trainer, *, config_path: str, workdir, num_images:
     patches = (config.crops.global_crop_size_px // config.model.patch_size) ** 2
     local_patches = (config.crops.local_crop_size_px // config.model.patch_size) ** 2
     extra = 1 + config.model.num_register_tokens
-    masks = config.masks
-    masked_share = masks.mask_probability * (masks.mask_ratio_min + masks.mask_ratio_max) / 2
-    ibot = config.ibot if config.ibot.separate_head else config.dino
     activation_bytes = report.estimate_activation_bytes(
         images=config.global_batch_size // shards // config.grad_accumulation_steps,
         global_tokens=patches + extra,
@@ -274,22 +273,19 @@ def describe(config, trainer: Trainer, *, config_path: str, workdir, num_images:
         itemsize=jnp.dtype(backbone.dtype).itemsize,
         kept_share=1 - config.model.drop_path_rate * (config.model.drop_path_mode == "subset"),
         remat=config.remat,
-        num_prototypes=(
-            config.dino.num_prototypes * (config.dino.loss_weight > 0),
-            ibot.num_prototypes * (config.ibot.loss_weight > 0),
-        ),
-        masked_tokens=int(masked_share * patches),
     )
+    heads, logit_bytes = describe_heads(config, trainer.mesh)
     return report.start_table(
         config_path=config_path,
         workdir=workdir,
         mesh=trainer.mesh,
         state=trainer.abstract_state,
         dtype=str(jnp.dtype(backbone.dtype)),
+        heads=heads,
         global_batch_size=config.global_batch_size,
         group_size=config.group_size,
         learning_rate=describe_learning_rate(**learning_rate_rule(config)),
-        activation_bytes=activation_bytes,
+        activation_bytes=activation_bytes + logit_bytes,
         epochs=config.total_steps * config.global_batch_size / num_images,
         total_steps=config.total_steps,
     )

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dinov2_jax.models.heads import Head
+
 Params = dict[str, Any]
 
 
@@ -41,6 +43,11 @@ class Network:
     def patch_head_name(self) -> str:
         """The name of the head that masked patches go through."""
         return "dino_head" if self.ibot_head is None else "ibot_head"
+
+    def head(self, loss: str, params: Params) -> Head:
+        """The head that the "dino" or the "ibot" loss sees features through."""
+        name = "dino_head" if loss == "dino" else self.patch_head_name
+        return Head(getattr(self, name), params[name])
 
     def apply(self, name: str, params: Params, *args, **kwargs):
         """Applies one module with its part of `params`."""

@@ -17,10 +17,10 @@ from dinov2_jax.objective import (
     LossSettings,
     Metrics,
     Views,
-    center_targets,
     make_views,
     student_loss,
-    teacher_logits,
+    teacher_rows,
+    teacher_targets,
 )
 from dinov2_jax.optim.optimizer import module_norms
 from dinov2_jax.optim.schedules import Hyperparameters
@@ -87,35 +87,35 @@ def make_train_step(
       num_micro_batches: student passes a step; see `configs/base.py`, grad_accumulation_steps.
     """
 
-    def teacher_targets(state: TrainState, views: Views, teacher_temp: jax.Array):
-        run = functools.partial(teacher_logits, state.teacher, network=network, losses=losses)
+    def look_at(teacher: Params, views: Views):
+        run = functools.partial(teacher_rows, teacher, network=network, losses=losses)
         if num_micro_batches == 1:
-            cls, dino_logits, ibot_logits = run(views)
-        else:
-            pieces = split_groups(views, num_micro_batches)
-            cls, dino_logits, ibot_logits = join_groups(jax.lax.map(run, pieces))
-        with jax.named_scope("targets"):
-            targets, centers = center_targets(
-                dino_logits,
-                ibot_logits,
-                state.centers,
-                views.mask_weights,
-                teacher_temp=teacher_temp,
-                losses=losses,
-            )
-        return targets, centers, diagnostics.target_metrics(targets.dino_probs, cls)
+            return run(views)
+        return join_groups(jax.lax.map(run, split_groups(views, num_micro_batches)))
 
     def train_step(state: TrainState, batch: dict[str, jax.Array], hyper: Hyperparameters):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         with jax.named_scope("augment"):
             views = make_views(batch, augment=augment)
         with jax.named_scope("teacher"):
-            targets, centers, watch = teacher_targets(state, views, hyper.teacher_temp)
+            cls, rows = look_at(state.teacher, views)
+        with jax.named_scope("targets"):
+            targets, centers, watch = teacher_targets(
+                state.teacher,
+                rows,
+                state.centers,
+                views.mask_weights,
+                teacher_temp=hyper.teacher_temp,
+                network=network,
+                losses=losses,
+            )
 
         def gradients(inputs, index):
+            views, target_rows = inputs
             (_, terms), grads = jax.value_and_grad(student_loss, has_aux=True)(
                 state.student,
-                *inputs,
+                views,
+                targets.replace(rows=target_rows),
                 jax.random.fold_in(key, index),
                 network=network,
                 losses=losses,
@@ -123,7 +123,9 @@ def make_train_step(
             return terms, grads
 
         with jax.named_scope("student"):
-            terms, grads = mean_over_micro_batches(gradients, (views, targets), num_micro_batches)
+            terms, grads = mean_over_micro_batches(
+                gradients, (views, targets.rows), num_micro_batches
+            )
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(
                 grads, state.opt_state, state.student, hyperparameters=hyper
@@ -140,7 +142,8 @@ def make_train_step(
         )
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), learned, state)
         nonfinite = 1 - finite.astype(jnp.int32)
-        metrics = {**terms, **watch, **norms, "nonfinite": nonfinite}
+        features = diagnostics.feature_metrics(cls)
+        metrics = {**terms, **watch, **features, **norms, "nonfinite": nonfinite}
         return state.replace(step=state.step + 1), metrics
 
     return train_step

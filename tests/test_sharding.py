@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dinov2_jax import sharding
+from dinov2_jax.losses.head_modes import BlockHeads
 from dinov2_jax.objective import LossSettings
 from dinov2_jax.train_state import init_state
 from tests import tiny
@@ -109,6 +110,14 @@ def test_one_device_equals_eight(one_device, axes):
     eight, program = run(sharding.make_mesh(**axes))
     if "model" not in axes:  # no activation moves to be cut another way
         assert "all-to-all" not in program
+    assert_same_metrics(one_device, eight)
+
+
+@pytest.mark.parametrize("axes", [dict(data=8), dict(data=2, fsdp=2, model=2)], ids=str)
+def test_blocks_on_eight_devices_equal_dense_on_one(one_device, axes):
+    losses = LossSettings(heads=BlockHeads(block_size=2))
+    eight, program = run(sharding.make_mesh(**axes), losses=losses)
+    assert "all-to-all" not in program
     assert_same_metrics(one_device, eight)
 
 

@@ -12,10 +12,11 @@ import optax
 import pytest
 
 from dinov2_jax.convert.state_dict import to_reference
+from dinov2_jax.losses.head_modes import BlockHeads
 from dinov2_jax.optim import optimizer as optim
 from tests.parity import require
 from tests.reference.step_case import CASES, WIDTH, Case, start_params
-from tests.reference.step_runs import Run, compile_step, plain_run, run_ours, run_reference
+from tests.reference.step_runs import DENSE, Run, compile_step, plain_run, run_ours, run_reference
 
 # Float32 on both sides, sums of some hundred terms. Weights drift apart by some 1e-4 of their
 # displacement: that is not seen in the losses of later steps, but in the gradients of the last.
@@ -71,25 +72,29 @@ def oracle():
 
 
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+all_heads = pytest.mark.parametrize("heads", [DENSE, BlockHeads(8)], ids=["dense", "blocks"])
 
 
+@all_heads
 @all_cases
-def test_loss_terms_and_gradient_norms(case):
-    ours, reference = plain_run(case), run_reference(case)
+def test_loss_terms_and_gradient_norms(case, heads):
+    ours, reference = plain_run(case, heads), run_reference(case)
     for got, want in zip(ours.terms, reference.terms, strict=True):
         for name, value in want.items():
             tolerance = NORM_TOLERANCE if name.startswith("grad_norm") else LOSS_TOLERANCE
             np.testing.assert_allclose(got[name], value, rtol=tolerance, err_msg=name)
 
 
+@all_heads
 @all_cases
-def test_displacements(case):
-    assert_same_displacements(case, plain_run(case), run_reference(case))
+def test_displacements(case, heads):
+    assert_same_displacements(case, plain_run(case, heads), run_reference(case))
 
 
+@all_heads
 @all_cases
-def test_centers(case):
-    ours, reference = plain_run(case), run_reference(case)
+def test_centers(case, heads):
+    ours, reference = plain_run(case, heads), run_reference(case)
     for name, center in reference.centers.items():
         assert (np.abs(center).max() > 0) == (case.centering == "softmax_center")
         np.testing.assert_allclose(ours.centers[name], center, rtol=1e-4, atol=1e-6)

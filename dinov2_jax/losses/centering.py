@@ -55,6 +55,11 @@ def update_center(
     total = row_weights.sum()
     weighted_sum = jnp.einsum("n,nk->k", row_weights, logits, precision=jax.lax.Precision.HIGHEST)
     mean = weighted_sum / jnp.where(total > 0, total, 1.0)
+    return move_center(center, mean, total, momentum=momentum)
+
+
+def move_center(center: Array, mean: Array, total: Array, *, momentum: float) -> Array:
+    """The center's step towards a batch's `mean [k]`; none if the rows' weights `total` 0."""
     return jnp.where(total > 0, momentum * center + (1 - momentum) * mean, center)
 
 
@@ -110,10 +115,8 @@ def sinkhorn_knopp(
     scaled = jnp.exp((logits - row_max[:, None]) / temp)  # [n, k], in (0, 1]
     v = jnp.where(is_real, jnp.exp((row_max - shift) / temp), 0.0)  # [n]
 
-    # A prototype that underflows in every row (more than 87 temperatures below each row's best)
-    # stays unused: the floor keeps its u finite, so that 0 * u is 0.
     smallest = jnp.finfo(jnp.float32).tiny
-    floor = 4 * jnp.maximum(share, 1.0) * smallest
+    floor = prototype_floor(share)
     highest = jax.lax.Precision.HIGHEST
     for _ in range(num_iters):
         per_prototype = jnp.einsum("nk,n->k", scaled, v, precision=highest)
@@ -121,3 +124,12 @@ def sinkhorn_knopp(
         per_row = jnp.einsum("nk,k->n", scaled, u, precision=highest)
         v = jnp.where(is_real, 1.0 / jnp.maximum(per_row, smallest), 0.0)
     return scaled * u * v[:, None]
+
+
+def prototype_floor(share: Array) -> Array:
+    """The smallest sum of a prototype over rows that Sinkhorn-Knopp divides by.
+
+    A prototype that underflows in every row (more than 87 temperatures below each row's best)
+    stays unused: the floor keeps its `u = share / sum` finite, so that 0 * u is 0.
+    """
+    return 4 * jnp.maximum(share, 1.0) * jnp.finfo(jnp.float32).tiny

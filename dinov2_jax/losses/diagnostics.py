@@ -12,23 +12,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 
-def target_metrics(dino_probs: Array | None, cls: Array) -> dict[str, Array]:
-    """What is worth watching about the teacher.
-
-    Args:
-      dino_probs: DINO targets `[..., k]`, no padding; None without a DINO loss.
-      cls: CLS features before the head `[..., d]`.
-
-    Returns:
-      feature_std and feature_rank, and with targets teacher_entropy and prototypes_in_use.
-    """
+def feature_metrics(cls: Array) -> dict[str, Array]:
+    """feature_std and feature_rank of the teacher's CLS features before the head `[..., d]`."""
     features = cls.reshape(-1, cls.shape[-1])
-    metrics = {"feature_std": feature_std(features), "feature_rank": feature_rank(features)}
-    if dino_probs is not None:
-        probs = dino_probs.reshape(-1, dino_probs.shape[-1])
-        metrics["teacher_entropy"] = entropy_over_log_k(probs)
-        metrics["prototypes_in_use"] = prototypes_in_use(probs)
-    return metrics
+    return {"feature_std": feature_std(features), "feature_rank": feature_rank(features)}
 
 
 def dino_ce_over_log_k(
@@ -53,7 +40,7 @@ def dino_ce_over_log_k(
     """
     num_pairs = num_global_crops * (num_local_crops + num_global_crops - 1)
     total = (dino_local_loss + dino_global_loss) * (num_terms / num_pairs)
-    return _share_of_log_k(total, num_prototypes)
+    return share_of_log_k(total, num_prototypes)
 
 
 def ibot_ce_over_log_k(
@@ -72,7 +59,7 @@ def ibot_ce_over_log_k(
     """
     num_masked_crops = mask_weights.sum()
     mean = ibot_loss * num_crops / jnp.where(num_masked_crops > 0, num_masked_crops, 1.0)
-    return _share_of_log_k(mean, num_prototypes)
+    return share_of_log_k(mean, num_prototypes)
 
 
 def entropy_over_log_k(probs: Array, *, row_weights: Array | None = None) -> Array:
@@ -86,7 +73,7 @@ def entropy_over_log_k(probs: Array, *, row_weights: Array | None = None) -> Arr
     row_weights = (row_weights > 0).astype(jnp.float32)
     entropy = -jax.scipy.special.xlogy(probs, probs).sum(axis=-1)  # [n]; 0 ln 0 is 0
     mean = (row_weights * entropy).sum() / jnp.maximum(row_weights.sum(), 1.0)
-    return _share_of_log_k(mean, probs.shape[-1])
+    return share_of_log_k(mean, probs.shape[-1])
 
 
 def student_entropy(logits: Array, *, student_temp: ArrayLike) -> Array:
@@ -96,7 +83,7 @@ def student_entropy(logits: Array, *, student_temp: ArrayLike) -> Array:
     exp_z = jnp.exp(z)
     total = exp_z.sum(axis=-1)
     entropy = jnp.log(total) - (exp_z * z).sum(axis=-1) / total  # [n]
-    return _share_of_log_k(entropy.mean(), logits.shape[-1])
+    return share_of_log_k(entropy.mean(), logits.shape[-1])
 
 
 def prototypes_in_use(probs: Array, *, row_weights: Array | None = None) -> Array:
@@ -157,6 +144,6 @@ def feature_rank(features: Array) -> Array:
     return jnp.where(trace > 0, 1.0 / jnp.square(gram).sum(), 0.0)
 
 
-def _share_of_log_k(value: Array, num_prototypes: int) -> Array:
+def share_of_log_k(value: Array, num_prototypes: int) -> Array:
     """`value / ln K`, and 0 for a single prototype, where nothing is left to choose."""
     return value / math.log(num_prototypes) if num_prototypes > 1 else jnp.zeros_like(value)

@@ -47,7 +47,7 @@ def dino_local_loss(
     num_local_crops = student_logits.shape[-3]
     if num_local_crops == 0:
         return jnp.zeros((), jnp.float32)
-    targets = teacher_probs.astype(jnp.float32).sum(axis=-3, keepdims=True)  # [..., 1, b, k]
+    targets = local_targets(teacher_probs)
     return cross_entropy(student_logits, targets, student_temp).mean() * num_local_crops / num_terms
 
 
@@ -75,11 +75,27 @@ def dino_global_loss(
       dinov2/train/ssl_meta_arch.py lines 164-167 (the swap) and 295-312 (the scale 2 / terms).
     """
     num_global_crops = student_logits.shape[-3]
+    targets = global_targets(teacher_probs)
+    return (
+        cross_entropy(student_logits, targets, student_temp).mean() * num_global_crops / num_terms
+    )
+
+
+def local_targets(teacher_probs: Array) -> Array:
+    """What local crops predict, the sum over global ones: `[..., g, b, k]` to `[..., 1, b, k]`."""
+    return teacher_probs.astype(jnp.float32).sum(axis=-3, keepdims=True)
+
+
+def global_targets(teacher_probs: Array) -> Array:
+    """What each global crop predicts, the sum over the others: `[..., g, b, k]` to the same."""
     teacher_probs = teacher_probs.astype(jnp.float32)
     # With two crops the sum over the others is the other one: a flip, and no cancellation.
-    others = (
-        jnp.flip(teacher_probs, axis=-3)
-        if num_global_crops == 2
-        else teacher_probs.sum(axis=-3, keepdims=True) - teacher_probs
-    )
-    return cross_entropy(student_logits, others, student_temp).mean() * num_global_crops / num_terms
+    if teacher_probs.shape[-3] == 2:
+        return jnp.flip(teacher_probs, axis=-3)
+    return teacher_probs.sum(axis=-3, keepdims=True) - teacher_probs
+
+
+def targets_of_crops(teacher_probs: Array, *, num_local_crops: int) -> Array:
+    """The targets of the global, then the local crops: `[..., g, b, k]` to `[..., g + l, b, k]`."""
+    summed = jnp.repeat(local_targets(teacher_probs), num_local_crops, axis=-3)
+    return jnp.concatenate([global_targets(teacher_probs), summed], axis=-3)

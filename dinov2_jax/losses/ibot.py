@@ -41,4 +41,9 @@ def ibot_loss(
       dinov2/loss/ibot_patch_loss.py `forward_masked`; dinov2/train/ssl_meta_arch.py 325-343.
     """
     per_patch = cross_entropy(student_logits, teacher_probs, student_temp)  # [..., m]
+    return mean_over_masked(per_patch, mask_weights, num_crops=num_crops)
+
+
+def mean_over_masked(per_patch: Array, mask_weights: Array, *, num_crops: int) -> Array:
+    """The last step of `ibot_loss`: `per_patch [..., m]` to a scalar."""
     return (mask_weights * per_patch).sum() / num_crops

@@ -6,6 +6,7 @@ Behaviour follows dinov2/layers/dino_head.py (Apache-2.0).
 
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -32,22 +33,47 @@ class DINOHead(nn.Module):
     num_layers: int = 3
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, features: jax.Array) -> jax.Array:
-        """Maps features `[..., d]` to logits `[..., k]`, float32."""
+    def setup(self):
         if self.num_layers < 1:
             raise ValueError(f"num_layers={self.num_layers} must be at least 1; the default is 3")
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=kernel_init)
+        if self.num_layers == 1:
+            self.mlp = dense(self.bottleneck_dim)
+        else:
+            widths = [self.hidden_dim] * (self.num_layers - 1) + [self.bottleneck_dim]
+            self.mlp = _Mlp(tuple(widths), dense)
+        self.last_layer = WeightNormDense(self.num_prototypes, dtype=self.dtype)
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Maps features `[..., d]` to logits `[..., k]`, float32."""
+        bottleneck = self.bottleneck(features)
+        with jax.named_scope("prototypes"):
+            return shard_rows(self.last_layer(bottleneck), last="model")
+
+    def bottleneck(self, features: jax.Array) -> jax.Array:
+        """Maps features `[..., d]` to unit vectors `[..., bottleneck]`, float32."""
         with jax.named_scope("head"):
-            features = shard_rows(features)
-            if self.num_layers == 1:
-                x = dense(self.bottleneck_dim, name="mlp")(features)
-            else:
-                widths = [self.hidden_dim] * (self.num_layers - 1) + [self.bottleneck_dim]
-                x = _Mlp(tuple(widths), dense, name="mlp")(features)
-            x = shard_rows(l2_normalize(shard_rows(x).astype(jnp.float32)))
-            prototypes = WeightNormDense(self.num_prototypes, dtype=self.dtype, name="last_layer")
-            return shard_rows(prototypes(x), last="model")
+            x = shard_rows(self.mlp(shard_rows(features)))
+            return shard_rows(l2_normalize(x.astype(jnp.float32)))
+
+
+class Head(NamedTuple):
+    """A head with its parameters, the student's or the teacher's."""
+
+    module: DINOHead
+    params: dict[str, Any]
+
+    @property
+    def num_prototypes(self) -> int:
+        return self.module.num_prototypes
+
+    def logits(self, features: jax.Array) -> jax.Array:
+        """`[..., d]` to float32 `[..., k]`."""
+        return self.module.apply({"params": self.params}, features)
+
+    def bottleneck(self, features: jax.Array) -> jax.Array:
+        """`[..., d]` to float32 unit vectors `[..., bottleneck]`."""
+        return self.module.apply({"params": self.params}, features, method="bottleneck")
 
 
 class _Mlp(nn.Module):
@@ -78,14 +104,25 @@ class WeightNormDense(nn.Module):
         shape = (self.features, x.shape[-1])
         weight_v = self.param("weight_v", torch_uniform_init(x.shape[-1]), shape)
         weight_g = self.param("weight_g", nn.initializers.ones, (self.features, 1))
-        norm = jnp.sqrt(jnp.sum(weight_v**2, axis=-1, keepdims=True))
-        weight = weight_v * (weight_g / norm)  # [k, bottleneck]
-        return jnp.einsum(
-            "...d,kd->...k",
-            x.astype(self.dtype),
-            weight.astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        return cosine_logits(x, weight_v, weight_g, dtype=self.dtype)
+
+
+def weight_norm(weight_v: jax.Array, weight_g: jax.Array) -> jax.Array:
+    """Directions `[k, d]` of any length and lengths `[k, 1]` to vectors `[k, d]`."""
+    norm = jnp.sqrt(jnp.sum(weight_v**2, axis=-1, keepdims=True))
+    return weight_v * (weight_g / norm)
+
+
+def cosine_logits(
+    x: jax.Array, weight_v: jax.Array, weight_g: jax.Array, *, dtype: jnp.dtype
+) -> jax.Array:
+    """Products of `x [..., d]` with the prototypes, in `dtype`, summed to float32 `[..., k]`."""
+    return jnp.einsum(
+        "...d,kd->...k",
+        x.astype(dtype),
+        weight_norm(weight_v, weight_g).astype(dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def l2_normalize(x: jax.Array, *, eps: float = 1e-12) -> jax.Array:

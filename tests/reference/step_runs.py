@@ -11,6 +11,7 @@ from einops import rearrange
 
 from dinov2_jax import train_step
 from dinov2_jax.convert.state_dict import to_reference
+from dinov2_jax.losses.head_modes import DenseHeads, HeadMode
 from dinov2_jax.objective import LossSettings
 from dinov2_jax.optim import optimizer as optim
 from dinov2_jax.optim.param_groups import ParamGroups, parameter_groups
@@ -39,6 +40,8 @@ from tests.reference.step_case import (
     start_params,
 )
 
+DENSE = DenseHeads()
+
 
 @dataclasses.dataclass
 class Run:
@@ -58,7 +61,7 @@ def make_groups(case: Case) -> ParamGroups:
     )
 
 
-def compile_step(case: Case):
+def compile_step(case: Case, heads: HeadMode = DENSE):
     """The step under test, with the multipliers as inputs: `(state, batch, hyper, lr, wd)`.
 
     As inputs, so that planting mistakes in them costs no compilation.
@@ -77,7 +80,7 @@ def compile_step(case: Case):
         one_step = train_step.make_train_step(
             network=make_network(case),
             optimizer=optimizer,
-            losses=LossSettings(centering=case.centering, koleo_weight=KOLEO_WEIGHT),
+            losses=LossSettings(centering=case.centering, koleo_weight=KOLEO_WEIGHT, heads=heads),
             augment=normalise,
             seed=0,
         )
@@ -87,9 +90,9 @@ def compile_step(case: Case):
 
 
 @functools.cache
-def plain_step(case: Case):
+def plain_step(case: Case, heads: HeadMode = DENSE):
     """The step without mistakes, compiled once."""
-    return compile_step(case)
+    return compile_step(case, heads)
 
 
 def run_ours(
@@ -126,8 +129,8 @@ def run_ours(
 
 
 @functools.cache
-def plain_run(case: Case) -> Run:
-    return run_ours(case)
+def plain_run(case: Case, heads: HeadMode = DENSE) -> Run:
+    return run_ours(case, step=plain_step(case, heads))
 
 
 @functools.cache

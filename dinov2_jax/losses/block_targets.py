@@ -1,0 +1,190 @@
+"""Teacher targets that are never written down: softmax_k(logits / temp + log_scale).
+
+Both Sinkhorn-Knopp and softmax centering end in this form, so one number per prototype and two
+per row say everything; whoever needs the targets of a block of prototypes computes them from the
+features again. Same results as `centering`, whose docstrings are the specification.
+"""
+
+import flax
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from dinov2_jax.losses.blocks import Layout, Prototypes
+from dinov2_jax.losses.centering import move_center, prototype_floor
+
+
+@flax.struct.dataclass
+class TargetRows:
+    """What the targets know of each row; any leading axes `...`."""
+
+    features: Array  # [..., d], of the teacher's head
+    row_max: Array  # [...], of the logits, or near it
+    log_sum: Array  # [...], log of what normalises the row
+
+
+@flax.struct.dataclass
+class TargetPrototypes:
+    """What the targets know of each prototype, or of each of a block."""
+
+    prototypes: Prototypes  # the teacher's
+    log_scale: Array  # [k]
+
+    def log_probs(self, rows: TargetRows, temp: ArrayLike) -> Array:
+        """Log of the targets, `[..., k]`."""
+        shifted = (self.prototypes.logits(rows.features) - rows.row_max[..., None]) / temp
+        return shifted + self.log_scale - rows.log_sum[..., None]
+
+
+def sinkhorn_knopp(
+    features: Array,
+    prototypes: Prototypes,
+    temp: ArrayLike,
+    *,
+    is_real: Array,
+    num_iters: int,
+    layout: Layout,
+) -> tuple[TargetRows, TargetPrototypes]:
+    """`centering.sinkhorn_knopp` in blocks: one visit for the rows' maxima, one per iteration.
+
+    A visit sums a block's prototypes over all rows, which gives their u, and at once adds the
+    block to the sums of the rows.
+
+    Args:
+      features: of the teacher's head, `[..., d]`.
+      prototypes: the teacher's.
+      temp: teacher temperature, > 0.
+      is_real: bool `[...]`, False for padding.
+      num_iters: >= 1.
+      layout: from `choose_layout`.
+    """
+    if num_iters < 1:
+        raise ValueError(f"{num_iters=} must be at least 1; use 3 as the reference does")
+    highest = jax.lax.Precision.HIGHEST
+    smallest = jnp.finfo(jnp.float32).tiny
+    num_prototypes = prototypes.weight_v.shape[0]
+
+    def run(rows, prototypes, temp):
+        z, is_real = rows[0].reshape(-1, features.shape[-1]), rows[1].reshape(-1)
+        share = jnp.maximum(layout.sum_rows(is_real.sum()), 1) / num_prototypes
+        row_max = _row_max(z, prototypes, layout)
+        shift = layout.max_rows(jnp.where(is_real, row_max, -jnp.inf).max())
+
+        def iterate(_, state):
+            v = state[0]
+
+            def step(per_row, block):
+                scaled = jnp.exp((block.logits(z) - row_max[:, None]) / temp)  # in (0, 1]
+                per_prototype = jnp.einsum("nk,n->k", scaled, v, precision=highest)
+                per_prototype = layout.sum_rows(per_prototype)
+                u = share / jnp.maximum(per_prototype, prototype_floor(share))
+                return per_row + jnp.einsum("nk,k->n", scaled, u, precision=highest), jnp.log(u)
+
+            per_row, log_u = layout.visit(step, jnp.zeros_like(row_max), prototypes)
+            per_row = jnp.maximum(layout.sum_prototypes(per_row), smallest)
+            return jnp.where(is_real, 1.0 / per_row, 0.0), per_row, log_u
+
+        v = jnp.where(is_real, jnp.exp((row_max - shift) / temp), 0.0)
+        start = v, v, jnp.zeros(prototypes.weight_v.shape[0])
+        _, per_row, log_u = jax.lax.fori_loop(0, num_iters, iterate, start)
+        shape = rows[1].shape
+        return (row_max.reshape(shape), jnp.log(per_row).reshape(shape)), log_u, ()
+
+    (row_max, log_sum), log_u, _ = layout.run(run, (features, is_real), prototypes, temp)
+    return TargetRows(features, row_max, log_sum), TargetPrototypes(prototypes, log_u)
+
+
+def softmax_center(
+    features: Array, prototypes: Prototypes, center: Array, temp: ArrayLike, *, layout: Layout
+) -> tuple[TargetRows, TargetPrototypes]:
+    """`centering.softmax_center` in blocks: one visit, with a running maximum and sum."""
+
+    def run(features, prototypes, temp):
+        def step(state, block):
+            logits = block[0].logits(features) - block[1]
+            old_max, total = state
+            row_max = jnp.maximum(old_max, logits.max(axis=-1))
+            total = total * jnp.exp((old_max - row_max) / temp)
+            return (row_max, total + jnp.exp((logits - row_max[..., None]) / temp).sum(-1)), None
+
+        shape = features.shape[:-1]
+        start = jnp.full(shape, jnp.finfo(jnp.float32).min), jnp.zeros(shape)
+        (own_max, total), _ = layout.visit(step, start, prototypes)
+        row_max = layout.max_prototypes(own_max)
+        total = layout.sum_prototypes(total * jnp.exp((own_max - row_max) / temp))
+        return (row_max, jnp.log(total)), None, ()
+
+    (row_max, log_sum), _, _ = layout.run(run, features, (prototypes, center), temp)
+    return TargetRows(features, row_max, log_sum), TargetPrototypes(prototypes, -center / temp)
+
+
+def update_center(
+    center: Array,
+    features: Array,
+    prototypes: Prototypes,
+    *,
+    momentum: float,
+    row_weights: Array,
+    layout: Layout,
+) -> Array:
+    """`centering.update_center` in blocks: the mean of the logits is the logit of the mean."""
+
+    def run(rows, prototypes, _):
+        features, weights = rows
+        # As the logits' products see them, but summed in float32.
+        z = features.astype(prototypes.dtype).astype(jnp.float32).reshape(-1, features.shape[-1])
+        weights = weights.reshape(-1)
+        weighted_sum = jnp.einsum("n,nd->d", weights, z, precision=jax.lax.Precision.HIGHEST)
+        total, weighted_sum = layout.sum_rows((weights.sum(), weighted_sum))
+        mean = weighted_sum / jnp.where(total > 0, total, 1.0)
+        _, logits = layout.visit(lambda _, block: (None, block.mean_logits(mean)), None, prototypes)
+        return None, logits, total
+
+    _, mean, total = layout.run(run, (features, row_weights), prototypes)
+    return move_center(center, mean, total, momentum=momentum)
+
+
+def target_statistics(
+    rows: TargetRows, shared: TargetPrototypes, temp: ArrayLike, *, layout: Layout
+) -> tuple[Array, Array]:
+    """The entropy of each row in nats `[...]`, and its most likely prototype, int32 `[...]`."""
+
+    def run(rows, shared, temp):
+        num_local = shared.log_scale.shape[0]
+        first = layout.first_prototype(num_local)
+
+        def step(state, block):
+            entropy, best, best_index, first = state
+            log_probs = block.log_probs(rows, temp)
+            entropy -= (jnp.exp(log_probs) * log_probs).sum(axis=-1)
+            highest = log_probs.max(axis=-1)
+            index = first + log_probs.argmax(axis=-1)
+            best_index = jnp.where(highest > best, index, best_index)  # the first of equals
+            return (
+                entropy,
+                jnp.maximum(best, highest),
+                best_index,
+                first + log_probs.shape[-1],
+            ), None
+
+        zeros = jnp.zeros_like(rows.row_max)
+        start = zeros, jnp.full_like(zeros, -jnp.inf), zeros.astype(jnp.int32), jnp.int32(first)
+        (entropy, best, best_index, _), _ = layout.visit(step, start, shared)
+        is_best = best == layout.max_prototypes(best)
+        # The smallest index among the devices that hold the best.
+        candidate = jnp.where(is_best, -best_index, jnp.iinfo(jnp.int32).min)
+        return (layout.sum_prototypes(entropy), -layout.max_prototypes(candidate)), None, ()
+
+    (entropy, best_index), _, _ = layout.run(run, rows, shared, temp)
+    return entropy, best_index
+
+
+def _row_max(z: Array, prototypes: Prototypes, layout: Layout) -> Array:
+    """The largest logit of each row `[n]`."""
+
+    def step(row_max, block):
+        return jnp.maximum(row_max, block.logits(z).max(axis=-1)), None
+
+    start = jnp.full(z.shape[0], -jnp.inf)
+    return layout.max_prototypes(layout.visit(step, start, prototypes)[0])
