@@ -21,7 +21,8 @@ from dinov2_jax.export.onnx_graph import require_onnx, write_onnx
 from dinov2_jax.export.stablehlo import write_stablehlo
 from dinov2_jax.model import Model
 
-FORMATS = ("stablehlo", "onnx", "safetensors")
+# And what the name of a file that may lie beside the target ends in.
+FORMATS = {"stablehlo": [".json"], "onnx": [".data"], "safetensors": []}
 INPUT_KEY = "dinov2_jax.input"
 
 
@@ -62,12 +63,12 @@ def export_model(
     format = format or target.suffix.removeprefix(".")
     if format not in FORMATS:
         raise ValueError(
-            f"{format=} must be one of {FORMATS}; give --format, or a target with such a suffix"
+            f"{format=} must be one of {tuple(FORMATS)}; give --format, or a target that ends so"
         )
     if format == "onnx":
         require_onnx()
-    for path in (target, *(target.with_name(f"{target.name}.{end}") for end in ("json", "data"))):
-        check_target(path, format, overwrite)
+    for end in ("", *FORMATS[format]):
+        check_target(target.with_name(f"{target.name}{end}"), format, overwrite)
     options = dict(tree=tree, num_heads=num_heads, interpolation=interpolation)
     whole = read_source(hub.find(source), **options)
     height, width = _check_size(whole, format, size)
