@@ -59,6 +59,7 @@ setup(
         # declared dependencies pin torch 2.0 and xFormers, which its modules do not need.
         "parity": ["torch==2.13.0", "transformers>=5.23"],
         "torch": ["torch>=2.4"],
+        "export": ["onnx>=1.23.2", "onnxruntime>=1.32"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda12": ["jax[cuda12]>=0.10.2"],
         "cuda13": ["jax[cuda13]>=0.10.2"],

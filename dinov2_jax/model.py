@@ -16,6 +16,7 @@ from einops import rearrange
 
 from dinov2_jax import hub
 from dinov2_jax.convert import ModelSpec, read_model
+from dinov2_jax.models.attention import default_implementation
 from dinov2_jax.models.vit import BackboneOutput
 from dinov2_jax.preprocess import ImageLike, preprocess
 
@@ -37,7 +38,7 @@ class Model:
         *,
         dtype: Any = jnp.float32,
         uneven: str = "error",
-        attention: str = "xla",
+        attention: str | None = None,
         name: str = "",
     ):
         """Binds a record and parameters, as `dinov2_jax.convert.read_model` gives them.
@@ -49,7 +50,7 @@ class Model:
           uneven: what happens to images whose sides are no multiples of the patch: "error",
             "pad" (zeros on all sides, centred, as the reference's dense evaluations do) or "crop"
             (centred).
-          attention: see `dinov2_jax.models.attention.attend`.
+          attention: see `dinov2_jax.models.attention.attend`; None: the fastest here.
           name: what it was loaded from, for people.
 
         Raises:
@@ -58,6 +59,7 @@ class Model:
         if uneven not in UNEVEN:
             raise ValueError(f"{uneven=} must be one of {UNEVEN}; choose one of them")
         self.spec, self.uneven, self.dtype, self.name = spec, uneven, jnp.dtype(dtype), name
+        attention = attention or default_implementation()
         self._module = spec.build(dtype=self.dtype, attention=attention)
         self._last = jax.jit(self.apply)
         self._several = jax.jit(self.apply_layers, static_argnums=(2, 3))
@@ -232,7 +234,7 @@ def load(
     uneven: str = "error",
     interpolation: str | None = None,
     num_heads: int | None = None,
-    attention: str = "xla",
+    attention: str | None = None,
 ) -> Model:
     """Loads a model by name, from a file of any public format, or from a run.
 

@@ -1,4 +1,4 @@
-"""Getting the PyTorch oracle: skip where it is absent, fail where it must not be.
+"""Getting an oracle (PyTorch, ONNX): skip where it is absent, fail where it must not be.
 
 `DINOV2_JAX_REQUIRE_PARITY=1` (continuous integration) turns a missing oracle into a failure.
 """
@@ -17,7 +17,7 @@ def require(*names: str):
             modules.append(importlib.import_module(name))
         except ImportError as error:
             message = (
-                f"parity needs {name}: {error}; pip install -e '.[test,parity]' and "
+                f"parity needs {name}: {error}; pip install -e '.[test,parity,export]' and "
                 "pip install --no-deps dinov2==0.0.1.dev2"
             )
             if os.environ.get("DINOV2_JAX_REQUIRE_PARITY") == "1":

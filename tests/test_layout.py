@@ -18,6 +18,7 @@ LEVELS = (
     ("losses", "optim", "models", "convert", "augment", "neighbors", "config_rules", "preprocess"),
     ("sharding", "config", "hub", "distributed", "signals"),
     ("model",),
+    ("export",),
     ("train_state",),
     ("objective",),
     (

@@ -47,6 +47,7 @@ def test_outputs_are_the_modules(model, spec, params):
     assert out.registers.shape == (2, 4, 16)
     assert out.patches.shape == (2, 15, 16)
     assert_close(out, spec.build().apply({"params": params}, x))
+    assert_close(Model(spec, params, attention="by_head")(x), out)
 
 
 @pytest.mark.parametrize("n", [2, [0, 2]], ids=["last two", "chosen"])

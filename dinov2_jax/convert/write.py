@@ -78,7 +78,7 @@ def write_source(
         raise ValueError(f"{format=} must be one of {FORMATS}; choose one of them")
     if block_chunks and format != "reference":
         raise ValueError(f"{block_chunks=} needs format='reference', not {format!r}")
-    _check_target(path, format, overwrite)
+    check_target(path, format, overwrite)
     facts = {METADATA_KEY: source.spec.to_json()}
     header = {**source.metadata, **facts}
     lost = [] if format in ("safetensors", "hf") else _lost_facts(source.metadata)
@@ -138,7 +138,8 @@ def resize_positions(source: Source, grid: tuple[int, int]) -> Source:
     )
 
 
-def _check_target(path: pathlib.Path, format: str, overwrite: bool) -> None:
+def check_target(path: pathlib.Path, format: str, overwrite: bool) -> None:
+    """Raises FileNotFoundError or FileExistsError where a target of a format cannot be put."""
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path.parent} must be a folder; create it")
     if not path.exists():

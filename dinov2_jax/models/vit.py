@@ -57,7 +57,7 @@ class VisionTransformer(nn.Module):
       dtype: compute type; parameters, softmax and statistics are float32.
       remat: what the backward pass recomputes: "none", "dots" (all but the matrix products) or
         "blocks" (everything).
-      attention: "xla" or "cudnn", see `attend`.
+      attention: "xla", "by_head" or "cudnn", see `attend`.
       scan_unroll: blocks in each turn of the scan.
     """
 
