@@ -10,6 +10,8 @@ from dinov2_jax.export import check
 from dinov2_jax.export.__main__ import main
 from tests.convert.models import make_params, make_spec
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 
 @pytest.fixture
 def source(tmp_path):

@@ -16,6 +16,7 @@ from dinov2_jax.export.write import INPUT_KEY
 from tests.convert.models import assert_same, make_params, make_spec
 from tests.parity import require
 
+pytestmark = pytest.mark.usefixtures("cache")
 # Sums in another order; measured 1e-6 at most.
 TOLERANCE = 1e-5
 needs_onnx = pytest.mark.parity
