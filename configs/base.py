@@ -146,12 +146,20 @@ def get_config() -> ConfigDict:
 
     # ---- speed only ----------------------------------------------------------------------------
     config.remat = "none"  # none | dots | blocks: what the backward pass recomputes
-    config.attention = "xla"  # xla | cudnn (GPU, bfloat16)
+    # auto | xla | pallas (TPU) | cudnn (GPU, bfloat16); auto is pallas on TPU, cuDNN on Hopper and
+    # later GPUs in bfloat16, and XLA elsewhere.
+    config.attention = "auto"
+    # auto | gather | matmul: how the subset drop path takes images out and puts them back; auto is
+    # matmul (with one-hot rows) on TPU and gather elsewhere.
+    config.drop_path_form = "auto"
     # Prototype losses: dense (logits [rows, k]) | blocks (of prototypes: memory does not grow with
     # k) | auto (blocks on TPU, and where dense logits take above 2 GiB on a device).
     config.heads = "auto"
     config.head_block_size = 0  # prototypes of a block on one device; 0: by the number of rows
     config.scan_unroll = 1  # blocks unrolled in each turn of the scan over depth
+    config.compiler_preset = (
+        ""  # "" | tpu_overlap | gpu_overlap: XLA flags, see docs/performance.md
+    )
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices on each axis; one of them may be -1: what is left

@@ -17,7 +17,10 @@ from jax.sharding import Mesh
 from dinov2_jax import report, sharding
 from dinov2_jax.augment import augment
 from dinov2_jax.checkpoints import abstract_like
+from dinov2_jax.compiler import compiler_options
 from dinov2_jax.config_rules import ConfigError, check_groups
+from dinov2_jax.models.attention import choose_implementation
+from dinov2_jax.models.drop_path import choose_form
 from dinov2_jax.models.heads import DINOHead
 from dinov2_jax.models.vit import VARIANTS, VisionTransformer
 from dinov2_jax.objective import LossSettings
@@ -88,12 +91,14 @@ def build_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 def build_trainer(config, mesh: Mesh) -> Trainer:
     """Everything on the device side, nothing computed yet but shapes."""
-    network = build_network(config, platform=mesh.devices.flat[0].platform)
+    device = mesh.devices.flat[0]
+    network = build_network(config, device)
     crop_size = config.crops.global_crop_size_px
     image_shape = (crop_size, crop_size, config.data.in_channels)
     # Abstract too: a topology's devices, which are only compiled for, cannot make a key.
     key = jax.eval_shape(lambda: jax.random.key(config.seed))
     with as_config_error():
+        options = compiler_options(config.compiler_preset, platform=device.platform)
         params = jax.eval_shape(functools.partial(network.init, image_shape=image_shape), key)
     groups = parameter_groups(
         params,
@@ -138,6 +143,7 @@ def build_trainer(config, mesh: Mesh) -> Trainer:
             in_shardings=(shardings, sharding.batch_sharding(mesh), None),
             out_shardings=(shardings, None),
             donate_argnums=0,
+            compiler_options=options,
         ),
     )
 
@@ -149,15 +155,11 @@ def compute_dtype(config, *, platform: str) -> jnp.dtype:
     return jnp.dtype(config.dtype)
 
 
-def build_network(config, *, platform: str) -> Network:
-    """Backbone and heads, for devices of a platform such as "tpu"."""
-    model, dtype = config.model, compute_dtype(config, platform=platform)
-    is_gpu = platform in ("gpu", "cuda")  # its name in jax, and among the topologies
-    if config.attention == "cudnn" and not (is_gpu and dtype == jnp.bfloat16):
-        raise ConfigError(
-            f"attention='cudnn' needs a GPU and bfloat16, not {platform} and {dtype}; "
-            "use --config.attention=xla"
-        )
+def build_network(config, device: jax.Device) -> Network:
+    """Backbone and heads, for devices like this one."""
+    model, dtype = config.model, compute_dtype(config, platform=device.platform)
+    with as_config_error():
+        attention = choose_implementation(config.attention, device, dtype)
     sizes = dict(VARIANTS.get(model.variant, {}))
     sizes |= {name: model[name] for name in ("embed_dim", "depth", "num_heads") if model[name]}
     if sizes["embed_dim"] % sizes["num_heads"]:
@@ -177,9 +179,10 @@ def build_network(config, *, platform: str) -> Network:
         in_channels=config.data.in_channels,
         drop_path_rate=model.drop_path_rate,
         drop_path_mode=model.drop_path_mode,
+        drop_path_form=choose_form(config.drop_path_form, device.platform),
         dtype=dtype,
         remat=config.remat,
-        attention=config.attention,
+        attention=attention,
         scan_unroll=config.scan_unroll,
     )
 

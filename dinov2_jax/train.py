@@ -18,8 +18,8 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from dinov2_jax import compiler, distributed, inputs, report, startup
 from dinov2_jax import config as config_lib
-from dinov2_jax import distributed, inputs, report, startup
 from dinov2_jax import metrics as metrics_lib
 from dinov2_jax.checkpoints import Checkpoints, KeepPolicy
 from dinov2_jax.config_rules import ConfigError
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = parse_flags(sys.argv[1:] if argv is None else argv)
         config = config_lib.load_config(flags.config, flags.overrides)
         workdir = epath.Path(flags.workdir or f"runs/{epath.Path(flags.config).stem}")
+        compiler.use_compilation_cache()
         distributed.initialize(flags.distributed)
         with StopSignals() as signals:
             if flags.dry_run:

@@ -3,6 +3,7 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # none but the fixture's
 # Level 0: most of a test's time is compilation, and this halves it; numbers keep their precision.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")

@@ -17,7 +17,7 @@ LEVELS = (
     ("data", "cost"),
     ("losses", "optim", "models", "convert", "augment", "neighbors", "config_rules", "preprocess"),
     ("sharding", "config", "hub", "distributed", "signals"),
-    ("model",),
+    ("model", "compiler"),
     ("export",),
     ("train_state",),
     ("objective",),

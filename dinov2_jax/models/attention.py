@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
+from dinov2_jax.models import attention_pallas
 from dinov2_jax.models.layers import TokenDense
 
 IMPLEMENTATIONS = ("xla", "by_head", "cudnn")
@@ -24,12 +25,44 @@ def default_implementation() -> str:
     return "by_head" if jax.default_backend() == "cpu" and jax.device_count() == 1 else "xla"
 
 
+def choose_implementation(name: str, device: jax.Device, dtype: jnp.dtype) -> str:
+    """The implementation that "auto" means on a kind of device; any other name is checked.
+
+    Pallas on TPU; cuDNN on NVIDIA GPUs from Hopper on, in bfloat16 (on the generation before it
+    is slower than XLA); XLA elsewhere.
+
+    Args:
+      name: "auto", "xla", "pallas" or "cudnn".
+      device: one of those that will run it, which need not be of this machine.
+      dtype: compute type of the network.
+
+    Raises:
+      ValueError: `device` or `dtype` has no such implementation.
+    """
+    platform = device.platform
+    is_gpu, is_bfloat16 = platform in ("gpu", "cuda"), jnp.dtype(dtype) == jnp.bfloat16
+    if name == "auto":
+        if platform == "tpu":
+            return "pallas"
+        is_hopper = is_gpu and float(getattr(device, "compute_capability", 0)) >= 9
+        return "cudnn" if is_hopper and is_bfloat16 else "xla"
+    if name == "cudnn" and not (is_gpu and is_bfloat16):
+        raise ValueError(
+            f"attention='cudnn' needs a GPU and bfloat16, not {platform} and {jnp.dtype(dtype)}; "
+            "use 'auto' or 'xla'"
+        )
+    if name == "pallas" and platform != "tpu":
+        raise ValueError(f"attention='pallas' needs a TPU, not {platform}; use 'auto' or 'xla'")
+    return name
+
+
 class Attention(nn.Module):
     """Self-attention.
 
     Attributes:
       num_heads: heads; must divide the embedding width.
-      implementation: see `attend`.
+      implementation: "pallas" (fused; TPU only; where it does not fit, XLA takes over), or see
+        `attend`.
       dtype: of the matrix products.
     """
 
@@ -47,9 +80,14 @@ class Attention(nn.Module):
                 "the released models have heads of width 64"
             )
         qkv = TokenDense(3 * d, dtype=self.dtype, name="qkv")(x)
-        q, k, v = split_heads(qkv, self.num_heads)
-        x = attend(q, k, v, implementation=self.implementation)
-        x = checkpoint_name(rearrange(x, "b heads n hd -> b n (heads hd)"), "attention")
+        is_fused = self.implementation == "pallas"
+        if is_fused and attention_pallas.fits(*x.shape[1:], self.num_heads, qkv.dtype.itemsize):
+            x = attention_pallas.self_attention(qkv, num_heads=self.num_heads)
+        else:
+            q, k, v = split_heads(qkv, self.num_heads)
+            x = attend(q, k, v, implementation="xla" if is_fused else self.implementation)
+            x = rearrange(x, "b heads n hd -> b n (heads hd)")
+        x = checkpoint_name(x, "attention")
         return TokenDense(d, dtype=self.dtype, name="proj")(x)
 
 

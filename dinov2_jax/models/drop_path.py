@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 MODES = ("subset", "bernoulli")
+FORMS = ("gather", "matmul")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,17 +26,29 @@ class DropPath:
         replacement, and skips the work for the others; "bernoulli" computes it for all and keeps
         each with probability 1 - rate.
       num_groups: groups that the rows of every array fall into.
+      form: how "subset" takes the kept images out and puts them back: "gather", or "matmul" (by
+        products with one-hot rows, faster on TPU). The values are the same.
     """
 
     rate: float
     mode: str = "subset"
     num_groups: int = 1
+    form: str = "gather"
 
     def __post_init__(self):
         if not 0 <= self.rate < 1:
             raise ValueError(f"drop_path_rate={self.rate} must be in [0, 1); 0 turns it off")
         if self.mode not in MODES:
             raise ValueError(f"drop_path_mode={self.mode!r} must be one of {MODES}; choose one")
+        if self.form not in FORMS:
+            raise ValueError(f"drop_path_form={self.form!r} must be one of {FORMS}; choose one")
+
+
+def choose_form(form: str, platform: str) -> str:
+    """The form that "auto" means on devices of a platform such as "tpu"; others stay."""
+    if form == "auto":
+        return "matmul" if platform == "tpu" else "gather"
+    return form
 
 
 def num_kept(rows: int, rate: float) -> int:
@@ -84,6 +97,10 @@ def add_residual(
     if kept == rows:
         return _add(x, branch(x))
     order = jnp.argsort(jax.random.uniform(make_key(), (num_groups, rows)), axis=1)
+    if drop_path.form == "matmul":
+        picks = jax.nn.one_hot(order[:, :kept], rows)  # [s, kept, q]
+        residual = branch(_multiply("skq, sqnd -> sknd", picks, x))
+        return _add(x, _multiply("skq, sknd -> sqnd", picks, residual) * (rows / kept))
     chosen, rank = order[:, :kept], jnp.argsort(order, axis=1)  # rank inverts the order
     residual = branch(take_rows(x, chosen, rank))  # [(num_groups kept), n, d]
     return _add(x, put_rows(residual, chosen, rank) * (rows / kept))
@@ -91,6 +108,15 @@ def add_residual(
 
 def _add(x: jax.Array, residual: jax.Array) -> jax.Array:
     return (x.astype(jnp.float32) + residual).astype(x.dtype)
+
+
+def _multiply(equation: str, picks: jax.Array, x: jax.Array) -> jax.Array:
+    """Moves rows `[(s rows), n, d]` within their groups by a product with one-hot rows: exact."""
+    x = rearrange(x, "(s rows) n d -> s rows n d", s=picks.shape[0])
+    # TPU would round float32 factors to bfloat16; bfloat16 ones it multiplies exactly.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    x = jnp.einsum(equation, picks.astype(x.dtype), x, precision=precision)
+    return rearrange(x, "s rows n d -> (s rows) n d")
 
 
 # Taking rows out and putting them back are each other's transpose. Both are gathers: a scatter,

@@ -53,11 +53,11 @@ class VisionTransformer(nn.Module):
       interpolation: "offset", "plain" or "antialias", see `interpolate_pos_embed`.
       in_channels: channels `c` of the images.
       drop_path_rate: stochastic depth in training, the same in every block.
-      drop_path_mode: "subset" or "bernoulli", see `DropPath`.
+      drop_path_mode: "subset" or "bernoulli", see `DropPath`; likewise drop_path_form.
       dtype: compute type; parameters, softmax and statistics are float32.
       remat: what the backward pass recomputes: "none", "dots" (all but the matrix products) or
         "blocks" (everything).
-      attention: "xla", "by_head" or "cudnn", see `attend`.
+      attention: "xla", "by_head", "pallas" or "cudnn", see `Attention`.
       scan_unroll: blocks in each turn of the scan.
     """
 
@@ -74,6 +74,7 @@ class VisionTransformer(nn.Module):
     in_channels: int = 3
     drop_path_rate: float = 0.0
     drop_path_mode: str = "subset"
+    drop_path_form: str = "gather"
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     attention: str = "xla"
@@ -137,7 +138,9 @@ class VisionTransformer(nn.Module):
             masks = (None,) * len(images)
         drop_path = None
         if train and self.drop_path_rate > 0:
-            drop_path = DropPath(self.drop_path_rate, self.drop_path_mode, num_groups)
+            drop_path = DropPath(
+                self.drop_path_rate, self.drop_path_mode, num_groups, self.drop_path_form
+            )
         with jax.named_scope("backbone"):
             xs = tuple(self.embed(x, mask) for x, mask in zip(images, masks, strict=True))
             (xs, _), _ = self.blocks((xs, None), None, drop_path)

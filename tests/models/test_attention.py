@@ -1,11 +1,19 @@
 """Attention against plain loops; softmax in float32."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinov2_jax.models.attention import Attention, attend, default_implementation
+from dinov2_jax.models import attention_pallas
+from dinov2_jax.models.attention import (
+    Attention,
+    attend,
+    choose_implementation,
+    default_implementation,
+)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "by_head"])
@@ -92,7 +100,40 @@ def test_cudnn_gets_its_own_layout(monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("platform", "dtype", "compute_capability", "expected"),
+    [
+        ("cpu", "float32", None, "xla"),
+        ("tpu", "bfloat16", None, "pallas"),
+        ("tpu", "float32", None, "pallas"),
+        ("gpu", "bfloat16", "9.0", "cudnn"),
+        ("cuda", "bfloat16", "10.0", "cudnn"),
+        ("gpu", "float32", "9.0", "xla"),
+        ("gpu", "bfloat16", "8.0", "xla"),
+        ("gpu", "bfloat16", None, "xla"),
+    ],
+)
+def test_auto_follows_the_devices(platform, dtype, compute_capability, expected):
+    device = types.SimpleNamespace(platform=platform)
+    if compute_capability:  # which devices of other makers do not have
+        device.compute_capability = compute_capability
+    assert choose_implementation("auto", device, dtype) == expected
+    assert choose_implementation("xla", device, dtype) == "xla"
+
+
+def test_fused_attention_gives_way_where_it_does_not_fit(monkeypatch):
+    monkeypatch.setattr(attention_pallas, "fits", lambda *sizes: False)
+    x = jax.random.normal(jax.random.key(0), (1, 3, 8))
+    module = Attention(num_heads=2, implementation="pallas")
+    params = jax.jit(module.init)(jax.random.key(0), x)
+    np.testing.assert_array_equal(module.apply(params, x), Attention(num_heads=2).apply(params, x))
+
+
 def test_errors():
+    with pytest.raises(ValueError, match=r"'cudnn' needs a GPU and bfloat16, not gpu and float32"):
+        choose_implementation("cudnn", types.SimpleNamespace(platform="gpu"), jnp.float32)
+    with pytest.raises(ValueError, match=r"'pallas' needs a TPU, not cpu; use 'auto' or 'xla'"):
+        choose_implementation("pallas", jax.devices()[0], jnp.float32)
     x = jnp.zeros((1, 1, 2, 4))
     with pytest.raises(
         ValueError, match=r"attention='flash' must be one of \('xla', 'by_head', 'cudnn'\)"

@@ -1,11 +1,20 @@
 """Stochastic depth: the laws of both modes, groups, and the reference's subset."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinov2_jax.models.drop_path import DropPath, add_residual, num_kept, put_rows, take_rows
+from dinov2_jax.models.drop_path import (
+    DropPath,
+    add_residual,
+    choose_form,
+    num_kept,
+    put_rows,
+    take_rows,
+)
 from tests.parity import require
 
 
@@ -112,6 +121,39 @@ def test_take_and_put_are_transposes_of_each_other():
     np.testing.assert_array_equal(take_grad(x)[0], taken)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_move_images_as_gathers_do(key, dtype):
+    groups, rows = 3, 7
+    x = jax.random.normal(jax.random.key(1), (groups * rows, 3, 4), dtype)
+    weights = jax.random.normal(jax.random.key(2), (3, 4))
+
+    def run(x, form):
+        drop_path = DropPath(0.4, "subset", groups, form)
+        branch = lambda kept: jnp.tanh(kept.astype(jnp.float32) * weights)  # noqa: E731
+        return add_residual(x, branch, drop_path=drop_path, make_key=lambda: key)
+
+    results = []
+    for form in ("gather", "matmul"):
+        out, vjp = jax.vjp(functools.partial(run, form=form), x)
+        results.append((out, *vjp(jnp.cos(out))))
+    for ours, expected in zip(*results, strict=True):
+        assert ours.dtype == expected.dtype == dtype
+        np.testing.assert_array_equal(np.float32(ours), np.float32(expected))
+
+
+def test_products_are_exact_where_float32_would_be_rounded(key):
+    x = jnp.ones((6, 2, 2), jnp.bfloat16)
+    drop_path = DropPath(0.5, form="matmul")
+    program = jax.make_jaxpr(
+        lambda x: add_residual(
+            x, lambda rows: rows.astype(jnp.float32), drop_path=drop_path, make_key=lambda: key
+        )
+    )(x)
+    dots = [str(eqn) for eqn in program.eqns if eqn.primitive.name == "dot_general"]
+    take, put = dots
+    assert "HIGHEST" not in take and "HIGHEST" in put  # tokens are bfloat16, residuals float32
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("rate", [0.4, 0.75])
 def test_reference_subset(monkeypatch, key, rate):
@@ -129,10 +171,18 @@ def test_reference_subset(monkeypatch, key, rate):
     np.testing.assert_allclose(x + ours, theirs.numpy(), atol=1e-5)
 
 
+def test_auto_form_follows_the_devices():
+    forms = {platform: choose_form("auto", platform) for platform in ("cpu", "gpu", "tpu")}
+    assert forms == {"cpu": "gather", "gpu": "gather", "tpu": "matmul"}
+    assert choose_form("gather", "tpu") == "gather"
+
+
 def test_errors(key):
     with pytest.raises(ValueError, match=r"drop_path_rate=1.0 must be in \[0, 1\); 0 turns"):
         DropPath(1.0)
     with pytest.raises(ValueError, match=r"drop_path_mode='batch' must be one of \('subset', 'be"):
         DropPath(0.1, "batch")
+    with pytest.raises(ValueError, match=r"drop_path_form='roll' must be one of \('gather', 'matm"):
+        DropPath(0.1, form="roll")
     with pytest.raises(ValueError, match=r"images=10 must be a multiple of num_groups=3; pass"):
         residuals(np.ones((10, 1, 1), np.float32), DropPath(0.1, "subset", 3), key)

@@ -1,0 +1,62 @@
+"""How XLA compiles a run: presets of its flags, and the cache of what it compiled."""
+
+import os
+
+import jax
+
+from dinov2_jax.hub import cache_folder
+
+CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+
+# Options for `jax.jit`: of the step alone, unlike XLA_FLAGS. Those of MaxText and NVIDIA.
+PRESETS: dict[str, dict[str, str | bool | int]] = {
+    "": {},
+    # Collectives run while the cores compute, fused with what needs or makes their data.
+    "tpu_overlap": {
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        "xla_tpu_overlap_compute_collective_tc": True,
+        "xla_enable_async_all_gather": True,
+    },
+    # Likewise, over turns of the scan, and in fewer and larger pieces.
+    "gpu_overlap": {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_enable_pipelined_all_gather": True,
+        "xla_gpu_enable_pipelined_reduce_scatter": True,
+        "xla_gpu_enable_pipelined_all_reduce": True,
+        "xla_gpu_all_gather_combine_threshold_bytes": 134_217_728,
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": 67_108_864,
+        "xla_gpu_all_reduce_combine_threshold_bytes": 134_217_728,
+        "xla_gpu_enable_while_loop_double_buffering": True,
+    },
+}
+
+
+def compiler_options(preset: str, *, platform: str) -> dict[str, str | bool | int]:
+    """The flags of a preset, for devices of a platform such as "tpu".
+
+    Raises:
+      ValueError: an unknown preset, or one for other devices, whose flags would do nothing.
+    """
+    if preset not in PRESETS:
+        names = ", ".join(repr(name) for name in PRESETS)
+        raise ValueError(f"compiler_preset={preset!r} must be one of: {names}")
+    wanted = {"cuda": "gpu"}.get(platform, platform)
+    if preset and not preset.startswith(f"{wanted}_"):
+        fitting = [name for name in PRESETS if name.startswith(f"{wanted}_")] or ["none"]
+        raise ValueError(
+            f"compiler_preset={preset!r} is not for {platform}; for it there is: "
+            f"{', '.join(fitting)}"
+        )
+    return PRESETS[preset]
+
+
+def use_compilation_cache() -> None:
+    """Keeps what is compiled, so that the same run starts faster the next time.
+
+    In `$JAX_COMPILATION_CACHE_DIR` if that is set (empty: nothing is kept), else in `compiled`
+    beside the released weights, see `dinov2_jax.hub.cache_folder`. It may be deleted at any time.
+    """
+    if CACHE_VARIABLE not in os.environ and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))

@@ -1,0 +1,69 @@
+"""Presets name flags that XLA has; the cache lies where the user expects it."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from dinov2_jax import compiler
+from dinov2_jax.config_rules import CHOICES
+from dinov2_jax.cost.topology import open_topology
+
+
+def test_the_configuration_knows_every_preset():
+    assert CHOICES["compiler_preset"] == tuple(compiler.PRESETS)
+
+
+def test_flags_of_gpus_exist():
+    # XLA knows them on every platform, and refuses a name that it does not know.
+    lowered = jax.jit(lambda x: x + 1).lower(jnp.zeros(1))
+    options = compiler.compiler_options("gpu_overlap", platform="cuda")
+    np.testing.assert_array_equal(lowered.compile(compiler_options=options)(jnp.zeros(1)), 1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        lowered.compile(compiler_options={"xla_gpu_no_such_flag": True})
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="THE FLAGS OF TPUS ARE NOT CHECKED: pip install 'dinov2_jax[tpu]'",
+)
+def test_flags_of_tpus_exist():
+    device = open_topology("v5e:2x2").devices[0]
+    x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=SingleDeviceSharding(device))
+    options = compiler.compiler_options("tpu_overlap", platform=device.platform)
+    jax.jit(lambda x: x + 1, compiler_options=options).lower(x).compile()
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="compiler_preset='fast' must be one of: '', 'tpu_overlap"):
+        compiler.compiler_options("fast", platform="tpu")
+    with pytest.raises(ValueError, match="'gpu_overlap' is not for tpu; for it there is: tpu_over"):
+        compiler.compiler_options("gpu_overlap", platform="tpu")
+    with pytest.raises(ValueError, match="'tpu_overlap' is not for cpu; for it there is: none"):
+        compiler.compiler_options("tpu_overlap", platform="cpu")
+
+
+@pytest.mark.parametrize(
+    ("variable", "option", "expected"),
+    [
+        (None, None, "models/compiled"),  # beside the weights
+        (None, "chosen", "chosen"),
+        ("", None, None),  # off
+        ("elsewhere", None, None),  # what jax itself has read already
+    ],
+)
+def test_cache_folder(monkeypatch, variable, option, expected):
+    monkeypatch.setenv("DINOV2_JAX_CACHE", "models")
+    monkeypatch.delenv(compiler.CACHE_VARIABLE, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(compiler.CACHE_VARIABLE, variable)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", option)
+        compiler.use_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == expected
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
