@@ -1,6 +1,7 @@
 """How XLA compiles a run: presets of its flags, and the cache of what it compiled."""
 
 import os
+import platform as machine
 
 import jax
 
@@ -55,8 +56,10 @@ def compiler_options(preset: str, *, platform: str) -> dict[str, str | bool | in
 def use_compilation_cache() -> None:
     """Keeps what is compiled, so that the same run starts faster the next time.
 
-    In `$JAX_COMPILATION_CACHE_DIR` if that is set (empty: nothing is kept), else in `compiled`
-    beside the released weights, see `dinov2_jax.hub.cache_folder`. It may be deleted at any time.
+    In `$JAX_COMPILATION_CACHE_DIR` if that is set (empty: nothing is kept), else in `compiled/` and
+    the machine's name beside the released weights, see `dinov2_jax.hub.cache_folder`: programs for
+    one CPU may not run on another that shares the folder. It may be deleted at any time.
     """
     if CACHE_VARIABLE not in os.environ and jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        folder = cache_folder() / "compiled" / machine.node()
+        jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -1,6 +1,7 @@
 """Presets name flags that XLA has; the cache lies where the user expects it."""
 
 import importlib.util
+import platform
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def test_errors():
 @pytest.mark.parametrize(
     ("variable", "option", "expected"),
     [
-        (None, None, "models/compiled"),  # beside the weights
+        (None, None, f"models/compiled/{platform.node()}"),  # beside the weights
         (None, "chosen", "chosen"),
         ("", None, None),  # off
         ("elsewhere", None, None),  # what jax itself has read already

@@ -37,13 +37,13 @@ def test_the_compute_type_follows_the_platform(dtype, platform, expected):
     ],
 )
 def test_recipes_build_the_networks_they_name(recipe, sizes):
-    network = startup.build_network(load(recipe=recipe), platform="cpu")
+    network = startup.build_network(load(recipe=recipe), jax.devices()[0])
     assert {name: getattr(network.backbone, name) for name in sizes} == sizes
     assert (network.ibot_head is None) == (recipe == "vitl16_short")  # its head is shared
 
 
 def test_a_size_in_the_configuration_goes_before_the_variants():
-    network = startup.build_network(load("model.depth=18", recipe="vitb14"), platform="cpu")
+    network = startup.build_network(load("model.depth=18", recipe="vitb14"), jax.devices()[0])
     assert (network.backbone.depth, network.backbone.embed_dim) == (18, 768)
 
 
@@ -58,7 +58,7 @@ def test_a_size_in_the_configuration_goes_before_the_variants():
     ],
 )
 def test_only_heads_that_a_loss_needs_are_built(overrides, heads):
-    network = startup.build_network(load(*overrides), platform="cpu")
+    network = startup.build_network(load(*overrides), jax.devices()[0])
     assert set(network.modules) - {"backbone"} == heads
 
 
