@@ -18,6 +18,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from dinov2_jax.distributed import together
+
 STATE, HOST = "state", "host"
 # Where a step that cannot be read is moved, out of the way of a new one of the same number.
 UNREADABLE = "unreadable"
@@ -155,17 +157,16 @@ class Checkpoints:
             tree than `abstract_state` (another model, or another version).
         """
         failures = []
+        wanted = ocp.args.Composite(
+            **{
+                STATE: ocp.args.StandardRestore(abstract_state),
+                HOST: ocp.args.JsonRestore(),
+            }
+        )
         for step in reversed(self.steps()):
             try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        **{
-                            STATE: ocp.args.StandardRestore(abstract_state),
-                            HOST: ocp.args.JsonRestore(),
-                        }
-                    ),
-                )
+                # A step that one process cannot read is no step for any of them.
+                restored = together(lambda step=step: self._manager.restore(step, args=wanted))
             # Orbax and TensorStore raise many kinds; the newest step that loads is what counts.
             except Exception as error:
                 reason = " ".join(str(error).split())[:300]

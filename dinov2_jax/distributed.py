@@ -11,7 +11,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -26,6 +26,8 @@ ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PRO
 # Variables that name one task among several: SLURM inside `srun`, OpenMPI.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _OPENMPI = ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE")
+
+Result = TypeVar("Result")
 
 _MEETINGS = itertools.count()  # every meeting needs a name of its own
 _MEETING_SECS = 3600
@@ -140,25 +142,35 @@ def meet() -> None:
         )
 
 
-def on_primary(action: Callable[[], Any]) -> None:
-    """Runs an action on the primary process while the others wait for its end.
+def together(action: Callable[[], Result]) -> Result:
+    """Runs an action on every process; none goes on unless all could.
+
+    Returns:
+      What the action returned on this process.
 
     Raises:
-      HostError: on the others, if it failed; on the primary process its own error.
+      HostError: on the processes where it succeeded, if it failed on another. Where it failed, its
+        own error.
     """
-    error = None
-    if is_primary():
-        try:
-            action()
-        except Exception as raised:
-            error = raised
-    meet()
+    result = error = None
+    try:
+        result = action()
+    except Exception as raised:
+        error = raised
     if jax.process_count() > 1:
-        has_failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
-        if has_failed and error is None:
-            raise HostError("process 0 could not go on; its own message says why")
+        meet()
+        has_failed = multihost_utils.process_allgather(np.int32(error is not None))
+        if has_failed.any() and error is None:
+            number = int(np.flatnonzero(has_failed)[0])
+            raise HostError(f"process {number} could not go on; its own message says why")
     if error is not None:
         raise error
+    return result
+
+
+def on_primary(action: Callable[[], Result]) -> Result | None:
+    """Like `together`, for what the primary process alone does; the others get None."""
+    return together(action if is_primary() else lambda: None)
 
 
 def check_same(what: str, text: str) -> None:

@@ -118,6 +118,12 @@ class MetricsWriter:
 class NoWriter:
     """Stands for a `MetricsWriter` on the processes that do not write."""
 
+    def __enter__(self) -> "NoWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Nothing is open."""
+
     def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """Does nothing."""
 

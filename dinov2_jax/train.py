@@ -116,14 +116,16 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
         else:
             leftovers = (*PICTURES, BAD_IMAGES_FILE, NONFINITE_FOLDER)
             distributed.on_primary(lambda: clear_leftovers(workdir, leftovers))
-        source = inputs.open_data(config)
+        source = distributed.together(lambda: inputs.open_data(config))
         say(source.describe())
         distributed.check_same("number of images", f"{len(source)}")
-        bad_images = inputs.build_bad_images(config, source, workdir, is_writer=is_primary)
+        bad_images = distributed.together(
+            lambda: inputs.build_bad_images(config, source, workdir, is_writer=is_primary)
+        )
         mesh = startup.build_mesh(config)
         stack.enter_context(jax.set_mesh(mesh))
         trainer = startup.build_trainer(config, mesh)
-        evaluation = inputs.build_evaluation(config, trainer)
+        evaluation = distributed.together(lambda: inputs.build_evaluation(config, trainer))
         say(
             startup.describe(
                 config, trainer, config_path=flags.config, workdir=workdir, num_images=len(source)
@@ -142,6 +144,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
         # Only now: a run that could not be restored must keep the configuration it was made with.
         distributed.on_primary(lambda: write_records(config, workdir, mesh, spec))
         step, state, books = restored or (0, trainer.init(), new_books())
+        restored_step = step if restored else None
         if restored:
             say(f"resumed from step {step}")
         feed = Feed(
@@ -149,20 +152,21 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
             mesh,
             num_groups=config.global_batch_size // config.group_size,
         )
-        writer = metrics_lib.NoWriter()
-        if is_primary:
-            writer = stack.enter_context(
-                metrics_lib.MetricsWriter(
-                    workdir,
-                    restored_step=step if restored else None,
-                    evaluated_step=books["evaluated_step"],
-                    tensorboard=config.tensorboard,
-                    wandb_project=config.wandb_project,
-                    config=config.to_dict(),
-                )
-            )
+
+        def open_writer() -> metrics_lib.MetricsWriter:
             if config.pictures and not (workdir / CROPS_FILE).exists():
                 inputs.draw_crops(config, feed.peek().host, workdir / CROPS_FILE)
+            return metrics_lib.MetricsWriter(
+                workdir,
+                restored_step=restored_step,
+                evaluated_step=books["evaluated_step"],
+                tensorboard=config.tensorboard,
+                wandb_project=config.wandb_project,
+                config=config.to_dict(),
+            )
+
+        writer = distributed.on_primary(open_writer) or metrics_lib.NoWriter()
+        stack.enter_context(writer)
         loop = Loop(
             workdir=workdir,
             state=state,

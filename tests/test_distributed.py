@@ -124,9 +124,31 @@ def test_a_single_process_needs_no_devices():
     assert exchange.stop == 2
 
 
+def test_a_failure_anywhere_stops_every_process(monkeypatch):
+    """As the second of two processes hears it."""
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "meet", lambda: None)
+    said = []
+
+    def gather(own):
+        said.append(bool(own))
+        return np.array([1, own])
+
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
+    with pytest.raises(HostError, match="process 0 could not go on; its own message says why"):
+        distributed.together(lambda: "fine here")
+    with pytest.raises(OSError, match="full"):
+        distributed.together(lambda: (_ for _ in ()).throw(OSError("full")))
+    assert said == [False, True]
+    monkeypatch.setattr(
+        distributed.multihost_utils, "process_allgather", lambda own: np.array([0, own])
+    )
+    assert distributed.together(lambda: "fine") == "fine"
+
+
 def test_the_primary_process_fails_with_its_own_error():
     done = []
-    distributed.on_primary(lambda: done.append(1))
+    assert distributed.on_primary(lambda: done.append(1) or "done") == "done"
     assert done == [1]
     with pytest.raises(OSError, match="full"):
         distributed.on_primary(lambda: (_ for _ in ()).throw(OSError("full")))

@@ -18,11 +18,11 @@ LAUNCHER = REPOSITORY / "launch" / "local_multiprocess.sh"
 SETTINGS = dict(global_batch_size=16, group_size=2, mesh__data=-1, model__layer_scale_init=1.0)
 
 
-def launch(workdir: pathlib.Path, cache: pathlib.Path, *extra: str, **overrides):
-    """Starts the script with two processes of four devices."""
+def launch(workdir: pathlib.Path, cache: pathlib.Path, *extra: str, path="", **overrides):
+    """Starts the script with two processes of four devices; `path` is imported from first."""
     environment = os.environ | {
         "PYTHON": sys.executable,
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(path), str(REPOSITORY)])),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -110,6 +110,23 @@ def test_two_processes_go_on_with_a_run_of_one(two, cache, tmp_path, monkeypatch
     assert process.returncode == 0, output
     assert "resumed from step 4" in output
     assert_close(repeatable(tmp_path), repeatable(two[0]), rtol=1e-5)
+
+
+def test_data_that_one_process_lacks_stops_both_in_one_line_each(cache, tmp_path):
+    patch = tmp_path / "sitecustomize.py"
+    patch.write_text(
+        "import os\n"
+        "if os.environ.get('JAX_PROCESS_ID') == '1':\n"
+        "    import dinov2_jax.data.sources as sources\n"
+        "    from dinov2_jax.data.records import DataError\n"
+        "    def fail(path): raise DataError('not on this host')\n"
+        "    sources.open_source = fail\n"
+    )
+    process = launch(tmp_path / "run", cache, path=tmp_path)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 2, output
+    assert "process 1: data.path: not on this host" in output
+    assert "process 0: process 1 could not go on" in output
 
 
 def test_processes_that_differ_are_refused(cache, tmp_path):
