@@ -18,9 +18,10 @@ IMPLEMENTATIONS = ("xla", "by_head", "cudnn")
 
 
 def default_implementation() -> str:
-    """The fastest that is exact: "by_head" on one CPU device, else "xla".
+    """Of a frozen model, on any devices: "by_head" on one CPU device, else "xla".
 
-    Several devices cut the batch, which a loop over images and heads would gather again.
+    Several devices cut the batch, which a loop over images and heads would gather again. Training
+    has many small crops, where the loop gains nothing.
     """
     return "by_head" if jax.default_backend() == "cpu" and jax.device_count() == 1 else "xla"
 
