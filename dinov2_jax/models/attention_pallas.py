@@ -261,10 +261,11 @@ def _softmax(k: jax.Array, q: jax.Array, plan: _Plan, scale: float):
     """Probabilities `[keys, queries]` but for their factors, `[1, queries]`, which come second."""
     logits = _dot(k, q, 1, 1)
     # Keys beyond n are in the last tile of rows, or few: the others need no comparison.
-    whole = plan.n // ROWS * ROWS
+    whole = (plan.n - 1) // ROWS * ROWS
     tail = logits[whole:]
     rows = jax.lax.broadcasted_iota(jnp.int32, tail.shape, 0) + whole
-    logits = jnp.concatenate([logits[:whole], jnp.where(rows < plan.n, tail, -jnp.inf)])
+    tail = jnp.where(rows < plan.n, tail, -jnp.inf)
+    logits = jnp.concatenate([logits[:whole], tail]) if whole else tail
     # Powers of two are what the hardware has.
     weights = jnp.exp2((logits - logits.max(axis=0, keepdims=True)) * (scale * math.log2(math.e)))
     return weights, 1 / weights.sum(axis=0, keepdims=True)

@@ -137,7 +137,7 @@ def test_dots_keeps_the_result_and_blocks_makes_it_again(interpreted, remat, run
     importlib.util.find_spec("libtpu") is None,
     reason="THE KERNELS ARE NOT COMPILED FOR TPU: pip install 'dinov2_jax[tpu]'",
 )
-@pytest.mark.parametrize("n", [50, 257, 1370])
+@pytest.mark.parametrize("n", [5, 32, 50, 257, 1370])
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_for_tpus(topology, n):
     mesh = make_mesh(data=2, fsdp=2, devices=open_topology(topology).devices)
