@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from dinov2_jax.data.image_ops import decode, from_pillow, resize_box, resize_center_crop, to_pillow
+from dinov2_jax.data.image_ops import decode, from_pillow, resize_center_crop, resize_whole
 from dinov2_jax.data.records import BadImage
 
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
@@ -114,8 +114,10 @@ def resize_to_patches(image: np.ndarray, short_side_px: int, patch_size: int) ->
 
     Returns:
       uint8, with a change of aspect of at most half a patch a side.
+
+    Raises:
+      BadImage: as `data.image_ops.resize_whole`.
     """
-    height, width = image.shape[:2]
-    scale = short_side_px / min(height, width) / patch_size
-    new_height, new_width = (max(round(side * scale), 1) * patch_size for side in (height, width))
-    return resize_box(to_pillow(image), (0, 0, width, height), new_height, new_width)
+    sides = image.shape[:2]
+    scale = short_side_px / min(sides) / patch_size
+    return resize_whole(image, *(max(round(side * scale), 1) * patch_size for side in sides))

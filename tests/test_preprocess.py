@@ -75,6 +75,8 @@ def test_errors_say_what_is_wrong(pixels, tmp_path):
     (tmp_path / "bad.png").write_bytes(encoded(pixels)[:90])
     with pytest.raises(ValueError, match=r"bad\.png cannot be used: .*truncated"):
         preprocess(tmp_path / "bad.png", **SETTINGS)
+    with pytest.raises(ValueError, match=r"8000 x 1 pixels would become .*, above the limit"):
+        resize_to_patches(np.zeros((1, 8000, 3), np.uint8), 256, 14)
     with pytest.raises(FileNotFoundError):
         preprocess(tmp_path / "missing.png", **SETTINGS)
     with pytest.raises(ValueError, match="the image cannot be used: float values outside"):

@@ -59,11 +59,11 @@ class PhotoReader:
         for row in rows:
             name = self.source.name(row)
             try:
-                image = decode(self.source[row].image, **self._reading)
+                image = self._prepare(decode(self.source[row].image, **self._reading))
             except BadImage as error:
                 self.rejected.append((name, str(error)))
                 continue
-            yield row, Photo(name, self._prepare(image))
+            yield row, Photo(name, image)
 
     def read(self, rows: Iterable[int]) -> dict[int, Photo]:
         """The readable ones of these records by row, their names as short as tells them apart."""
