@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dinov2_jax.data.folder import FileSource
 from dinov2_jax.data.image_ops import resize_center_crop
 from dinov2_jax.data.records import Source
 from dinov2_jax.features.extractor import FeatureExtractor, cls_and_mean_patch
@@ -116,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = sheets.checked_target(flags.out)
         source = open_images(flags.images)
         _refuse_to_replace(target, source)
+        if getattr(flags, "gallery", None) and target.exists():
+            _refuse_to_replace(target, open_images([flags.gallery]))
         sheet = flags.draw(flags, load(flags.model), source)
         sheets.save(sheet, target)
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -239,11 +242,13 @@ def _say(reader: PhotoReader, num_photos: int, command: str, *, needed: int = 1)
 
 def _refuse_to_replace(target: os.PathLike, source: Source) -> None:
     """Raises ValueError where the picture would take the place of one of the images."""
-    for i in range(len(source)):
-        name = source.name(i)
-        is_target = os.path.basename(name) == target.name
-        if is_target and os.path.realpath(name) == os.path.realpath(target):
-            raise ValueError(f"{target} is one of the images; choose another --out")
+    for part in getattr(source, "sources", [source]):
+        if not isinstance(part, FileSource):
+            continue  # in no file of its own; ArrayRecord would read each record for its name
+        for name in map(part.name, range(len(part))):
+            is_namesake = os.path.basename(name) == target.name
+            if is_namesake and os.path.realpath(name) == os.path.realpath(target):
+                raise ValueError(f"{target} is one of the images; choose another --out")
 
 
 if __name__ == "__main__":

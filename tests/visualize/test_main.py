@@ -119,6 +119,10 @@ def test_neighbours_leave_the_query_out(model, images, capsys, monkeypatch):
         (["pca", "in", "--model", "{model}", "--tile-px", "0"], "argument --tile-px"),
         (["pca", "in", "--model", "{model}", "--out", "x.gif"], "x.gif must end in .png or .html"),
         (["pca", "in", "--model", "{model}", "--out", "in/1.png"], "is one of the images"),
+        (
+            ["neighbors", "in/1.png", "--gallery", "in", "--model", "{model}", "--out", "in/2.png"],
+            "in/2.png is one of the images",
+        ),
         (["pca", "in", "--model", "{model}", "--threshold", "9"], "threshold=9.0 must be below"),
         (["pca", "in", "--model", "{model}", "--block", "2"], "different blocks of 0..1"),
         (["attention", "in", "--model", "{model}", "--block", "2"], "must be one of 0..1"),
