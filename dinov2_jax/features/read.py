@@ -77,16 +77,25 @@ class ShardedArray:
         return np.asarray(self[:], dtype)
 
     def __getitem__(self, key) -> np.ndarray:
-        rows, rest = (key[0], key[1:]) if isinstance(key, tuple) else (key, ())
-        numbers = np.arange(len(self))[rows]
-        if numbers.ndim == 0:
-            shard, row = self._locate(numbers)
+        rows, *rest = key if isinstance(key, tuple) else (key,)
+        if any(x is Ellipsis or x is None for x in (rows, *rest)):
+            raise IndexError("shards take no `...` and no new axis; numpy.asarray(x) takes both")
+        if any(not isinstance(x, (int, np.integer, slice)) for x in rest):
+            raise IndexError("only rows may be listed; index the result again, x[rows][:, columns]")
+        if isinstance(rows, (int, np.integer)):
+            number = range(len(self))[rows]
+            shard, row = self._locate(np.int64(number))
             return self.shards[int(shard)][(int(row), *rest)]
-        found = np.empty((*numbers.shape, *self.shape[1:]), self.dtype)
+        # As numpy reads it: masks of the right length, negative numbers, ranges.
+        is_slice = isinstance(rows, slice)
+        numbers = np.arange(len(self))[rows] if not is_slice else np.arange(*rows.indices(len(self)))
+        like = np.empty((0, *self.shape[1:]), self.dtype)[(slice(None), *rest)]
+        found = np.empty((*numbers.shape, *like.shape[1:]), self.dtype)
         shards, positions = self._locate(numbers)
         for i in np.unique(shards).tolist():
-            found[shards == i] = self.shards[i][positions[shards == i]]
-        return found[(slice(None), *rest)]
+            is_here = shards == i
+            found[is_here] = self.shards[i][positions[is_here]][(slice(None), *rest)]
+        return found
 
     def _locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard and row in it of rows of the whole."""
