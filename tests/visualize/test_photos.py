@@ -80,6 +80,7 @@ def test_spaced_rows(num_rows, count, rows):
         (["/x/a/1.jpg", "/x/b/1.jpg", "c.jpg"], ["a/1.jpg", "b/1.jpg", "c.jpg"]),
         (["1.jpg", "b/1.jpg"], ["1.jpg", "b/1.jpg"]),
         (["/x/1.jpg", "/x/1.jpg"], ["1.jpg", "1.jpg"]),
+        (["a/\udcff.jpg"], ["\\xff.jpg"]),  # a byte that is no UTF-8; HTML and fonts take text
         ([], []),
     ],
 )
