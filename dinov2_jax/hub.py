@@ -82,8 +82,13 @@ def released(name: str) -> pathlib.Path:
             _verify(name, candidate)
             return candidate
     require_torch()  # before anything is fetched: without it the file could not be read
-    url = f"{os.environ.get(URL_VARIABLE) or BASE_URL}/dinov2_{size}/{path.name}"
-    part = path.with_name(f"{path.name}.part")
+    base = os.environ.get(URL_VARIABLE) or BASE_URL
+    if "://" not in base:
+        raise ValueError(
+            f"${URL_VARIABLE}={base!r} must start with https://, http:// or file://; add it"
+        )
+    url = f"{base}/dinov2_{size}/{path.name}"
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")  # several may fetch it at once
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _download(url, part)
@@ -107,8 +112,9 @@ def _verify(name: str, path: pathlib.Path, record: pathlib.Path | None = None) -
     """Compares a file with its recorded sha256; the first time, with the shapes of its name."""
     record = (record or path).with_name(f"{(record or path).name}.sha256")
     digest = _sha256(path)
-    if record.exists():
-        expected = record.read_text().split()[0]
+    recorded = record.read_text().split() if record.exists() else []
+    if recorded:  # an empty one is what a full disk or a kill left
+        expected = recorded[0]
         if digest != expected:
             raise ValueError(
                 f"{path} has the sha256 {digest}, but {expected} when it was first used: it has "
@@ -125,7 +131,9 @@ def _verify(name: str, path: pathlib.Path, record: pathlib.Path | None = None) -
             f"not {found}; fetch the released file again"
         )
     with contextlib.suppress(OSError):  # a read-only cache is used as it is
-        record.write_text(f"{digest}  {record.name.removesuffix('.sha256')}\n")
+        beside = record.with_name(f"{record.name}.part-{os.getpid()}")
+        beside.write_text(f"{digest}  {record.name.removesuffix('.sha256')}\n")
+        beside.replace(record)
 
 
 def _sha256(path: pathlib.Path) -> str:
@@ -137,7 +145,7 @@ def _download(url: str, path: pathlib.Path) -> None:
     """Fetches a file with a progress bar; a length that falls short is an OSError."""
     with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as file:
         length = int(response.headers.get("Content-Length") or 0)
-        with _progress(path.name.removesuffix(".part"), length) as advance:
+        with _progress(path.stem, length) as advance:
             while chunk := response.read(_CHUNK_BYTES):
                 file.write(chunk)
                 advance(len(chunk))

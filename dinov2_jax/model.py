@@ -5,6 +5,7 @@ the last block or of several. Behaviour follows `forward_features` and `get_inte
 of dinov2/models/vision_transformer.py (Apache-2.0).
 """
 
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from einops import rearrange
 
 from dinov2_jax import hub
 from dinov2_jax.convert import ModelSpec, read_model
-from dinov2_jax.models.attention import default_implementation
+from dinov2_jax.models.attention import choose_implementation, default_implementation
 from dinov2_jax.models.vit import BackboneOutput
 from dinov2_jax.preprocess import ImageLike, preprocess
 
@@ -54,12 +55,14 @@ class Model:
           name: what it was loaded from, for people.
 
         Raises:
-          ValueError: an unknown value of `uneven`.
+          ValueError: an unknown value of `uneven`, or an `attention` that the device or `dtype` has
+            not.
         """
         if uneven not in UNEVEN:
             raise ValueError(f"{uneven=} must be one of {UNEVEN}; choose one of them")
         self.spec, self.uneven, self.dtype, self.name = spec, uneven, jnp.dtype(dtype), name
         attention = attention or default_implementation()
+        attention = choose_implementation(attention, jax.devices()[0], self.dtype)
         self._module = spec.build(dtype=self.dtype, attention=attention)
         self._last = jax.jit(self.apply)
         self._several = jax.jit(self.apply_layers, static_argnums=(2, 3))
@@ -83,8 +86,8 @@ class Model:
           after the final normalisation.
 
         Raises:
-          ValueError: not four axes, a wrong number of channels, or sides that are no multiples of
-            the patch where `uneven` is "error".
+          ValueError: not four axes, a wrong number of channels, no image, sides below a patch, or
+            sides that are no multiples of it where `uneven` is "error".
         """
         return self._last(self.params, self._check(images))
 
@@ -111,7 +114,8 @@ class Model:
           ValueError: as `__call__`, or blocks that do not exist.
         """
         images = self._check(images)
-        layers = n if isinstance(n, int) else tuple(n)
+        is_count = isinstance(n, (int, np.integer))
+        layers = int(n) if is_count else tuple(map(operator.index, n))
         outputs = self._several(self.params, images, layers, norm)
         if not reshape:
             return outputs
@@ -165,9 +169,12 @@ class Model:
         self, *, resize_size_px: int | None, crop_size_px: int | None, crop: bool
     ) -> dict[str, int | None]:
         """The sizes that `dinov2_jax.preprocess` takes; arguments and defaults as `preprocess`."""
-        crop_size_px = crop_size_px or self.spec.crop_size_px
+        if crop_size_px is None:
+            crop_size_px = self.spec.crop_size_px
+        if resize_size_px is None:
+            resize_size_px = max(self.spec.resize_size_px, crop_size_px)
         return {
-            "resize_size_px": resize_size_px or max(self.spec.resize_size_px, crop_size_px),
+            "resize_size_px": resize_size_px,
             "crop_size_px": crop_size_px if crop else None,
             "patch_size": self.spec.patch_size,
         }
@@ -188,6 +195,12 @@ class Model:
             raise ValueError(
                 f"images must be normalised floats, not {images.dtype}; pass them through "
                 "model.preprocess"
+            )
+        b, height, width, _ = images.shape
+        if b == 0 or 0 in self.grid(height, width):
+            raise ValueError(
+                f"images must be at least one, of a patch of {self.spec.patch_size} px or more a "
+                f"side, not {list(images.shape)}; enlarge them, or leave such a batch out"
             )
         return images
 

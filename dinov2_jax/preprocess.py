@@ -5,12 +5,12 @@ those of the reference's evaluations (`data.image_ops`); numpy and Pillow only.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
-from dinov2_jax.data.image_ops import decode, from_pillow, resize_box, resize_center_crop, to_pillow
+from dinov2_jax.data.image_ops import decode, from_pillow, resize_center_crop, resize_whole
 from dinov2_jax.data.records import BadImage
 
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
@@ -65,7 +65,10 @@ def preprocess(
 
 
 def check_sizes(resize_size_px: int, crop_size_px: int | None) -> None:
-    """Raises ValueError where a crop is larger than the short side."""
+    """Raises ValueError where a size is no size, or a crop is larger than the short side."""
+    for name, size in {"resize_size_px": resize_size_px, "crop_size_px": crop_size_px}.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name}={size} must be at least 1; leave it out for the model's own")
     if crop_size_px is not None and crop_size_px > resize_size_px:
         raise ValueError(
             f"{crop_size_px=} must not exceed {resize_size_px=}, the short side; raise the latter, "
@@ -78,16 +81,26 @@ def read_image(image: ImageLike, *, num_channels: int = 3) -> np.ndarray:
     name = "the image"
     try:
         if isinstance(image, Image.Image):
-            return from_pillow(image, num_channels=num_channels)
+            return _from_opened(image, num_channels)
         if isinstance(image, (str, os.PathLike)):
             name = os.fspath(image)
             with open(image, "rb") as file:
                 image = file.read()
+        if isinstance(image, Iterator):
+            raise BadImage("it is an iterator; pass list(images)")
         if not isinstance(image, bytes):
             image = np.asarray(image)
         return decode(image, num_channels=num_channels)
     except BadImage as error:
         raise ValueError(f"{name} cannot be used: {error}") from error
+
+
+def _from_opened(image: Image.Image, num_channels: int) -> np.ndarray:
+    """A file that Pillow has only opened is decoded here, and may be damaged."""
+    try:
+        return from_pillow(image, num_channels=num_channels)
+    except (OSError, SyntaxError) as error:
+        raise BadImage(str(error)) from error
 
 
 def resize(
@@ -114,8 +127,10 @@ def resize_to_patches(image: np.ndarray, short_side_px: int, patch_size: int) ->
 
     Returns:
       uint8, with a change of aspect of at most half a patch a side.
+
+    Raises:
+      BadImage: as `data.image_ops.resize_whole`.
     """
-    height, width = image.shape[:2]
-    scale = short_side_px / min(height, width) / patch_size
-    new_height, new_width = (max(round(side * scale), 1) * patch_size for side in (height, width))
-    return resize_box(to_pillow(image), (0, 0, width, height), new_height, new_width)
+    sides = image.shape[:2]
+    scale = short_side_px / min(sides) / patch_size
+    return resize_whole(image, *(max(round(side * scale), 1) * patch_size for side in sides))

@@ -78,6 +78,16 @@ def test_a_file_in_the_cache_is_checked_once_and_remembered(cache):
         hub.find(NAME)
 
 
+def test_an_empty_record_counts_as_none(cache):
+    path = cache / f"{NAME}.safetensors"
+    write(path, "safetensors")
+    record = path.with_name(f"{path.name}.sha256")
+    record.write_text("")
+    assert hub.find(NAME) == path
+    assert len(record.read_text().split()[0]) == 64
+    assert sorted(p.name for p in cache.iterdir()) == [path.name, record.name]
+
+
 def test_a_file_that_is_not_what_its_name_says_is_refused(cache):
     path = cache / f"{NAME}.safetensors"
     write(path, "safetensors", "registers")
@@ -112,6 +122,28 @@ def test_a_name_is_fetched_checked_and_kept(cache, server):
     (root / NAME / path.name).unlink()
     assert hub.find(NAME) == path
     assert sorted(p.name for p in cache.iterdir()) == [path.name, f"{path.name}.sha256"]
+
+
+def test_two_processes_may_fetch_at_once(cache, server, monkeypatch):
+    """The other one's unfinished part is left alone, and not taken for ours."""
+    pytest.importorskip("torch")
+    root, _ = server
+    content = write(root / NAME / "dinov2_vits14_pretrain.pth", "reference")
+    parts = []
+    download = hub._download
+    monkeypatch.setattr(hub, "_download", lambda url, p: (parts.append(p), download(url, p))[1])
+    for pid in (7, 8):
+        monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
+        hub.find(NAME).unlink()
+    assert len(set(parts)) == 2
+    assert hub.find(NAME).read_bytes() == content
+
+
+def test_an_address_without_a_scheme_says_what_is_missing(cache, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setenv(hub.URL_VARIABLE, "mirror.example/dinov2")
+    with pytest.raises(ValueError, match=r"DINOV2_JAX_HUB_URL='mirror.*' must start with https://"):
+        hub.find(NAME)
 
 
 @pytest.mark.parametrize("fault", ["short", "damaged", "another model", "missing"])

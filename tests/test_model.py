@@ -108,6 +108,10 @@ def test_preprocessing_comes_with_the_model(model, spec):
     assert model.preprocess(photo, crop=False).shape == (1, 16, 24, 3)  # 18 x 24
     assert model.preprocess(photo, resize_size_px=12, crop=False).shape == (1, 12, 16, 3)
     assert np.isfinite(model(batch).cls).all()
+    for sizes in ({"crop_size_px": 0}, {"crop_size_px": -4}, {"resize_size_px": 0}):
+        ((name, size),) = sizes.items()
+        with pytest.raises(ValueError, match=f"{name}={size} must be at least 1"):
+            model.preprocess(photo, **sizes)
 
 
 def test_half_precision_is_the_modules_too(spec, params):
@@ -130,6 +134,27 @@ def test_wrong_arrays_are_refused(model):
         model(np.zeros((1, 12, 12, 4), np.float32))
     with pytest.raises(ValueError, match=r"must be different blocks of 0\.\.2"):
         model.intermediate_layers(images(12, 12), [3])
+    with pytest.raises(
+        ValueError, match=r"at least one, of a patch of 4 px .*not \[0, 12, 12, 3\]"
+    ):
+        model(images(12, 12, b=0))
+
+
+def test_sides_below_a_patch_are_refused_where_nothing_would_be_left(spec, params):
+    with pytest.raises(ValueError, match=r"a patch of 4 px or more a side, not \[2, 12, 3, 3\]"):
+        Model(spec, params, uneven="crop")(images(12, 3))
+    assert Model(spec, params, uneven="pad")(images(12, 3)).patches.shape == (2, 3, 16)
+
+
+def test_blocks_may_be_numbers_of_numpy(model):
+    x = images(12, 12)
+    assert_close(model.intermediate_layers(x, np.int64(2)), model.intermediate_layers(x, 2))
+    assert_close(model.intermediate_layers(x, np.arange(2)), model.intermediate_layers(x, [0, 1]))
+
+
+def test_attention_that_the_device_has_not_is_refused_when_loading(spec, params):
+    with pytest.raises(ValueError, match="attention='cudnn' needs a GPU and bfloat16, not cpu"):
+        Model(spec, params, attention="cudnn", dtype="bfloat16")
 
 
 @pytest.mark.parametrize("format", ["safetensors", "orbax", "hf"])

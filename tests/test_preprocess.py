@@ -75,7 +75,14 @@ def test_errors_say_what_is_wrong(pixels, tmp_path):
     (tmp_path / "bad.png").write_bytes(encoded(pixels)[:90])
     with pytest.raises(ValueError, match=r"bad\.png cannot be used: .*truncated"):
         preprocess(tmp_path / "bad.png", **SETTINGS)
+    with pytest.raises(ValueError, match=r"8000 x 1 pixels would become .*, above the limit"):
+        resize_to_patches(np.zeros((1, 8000, 3), np.uint8), 256, 14)
     with pytest.raises(FileNotFoundError):
         preprocess(tmp_path / "missing.png", **SETTINGS)
+    cut = io.BytesIO(encoded(pixels)[:-400])
+    with pytest.raises(ValueError, match=r"the image cannot be used: .*truncated"):
+        preprocess(Image.open(cut), **SETTINGS)
+    with pytest.raises(ValueError, match=r"it is an iterator; pass list\(images\)"):
+        preprocess(tmp_path.glob("*.png"), **SETTINGS)
     with pytest.raises(ValueError, match="the image cannot be used: float values outside"):
         preprocess(pixels.astype(np.float32), **SETTINGS)

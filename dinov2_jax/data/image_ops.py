@@ -21,6 +21,8 @@ Image.MAX_IMAGE_PIXELS = None
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 NUM_SNIFFED_BYTES = 16
+# A strip of one pixel's width grows by its length squared when its short side is resized.
+MAX_RESIZED_PIXELS = 100_000_000
 _MAGIC = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -187,6 +189,21 @@ def resize_box(
     return np.asarray(resized[0]).reshape(height, width, -1)
 
 
+def resize_whole(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes uint8 [h, w, c] to [height, width, c].
+
+    Raises:
+      BadImage: more than `MAX_RESIZED_PIXELS` would result; no memory was taken for them.
+    """
+    old_height, old_width = image.shape[:2]
+    if height * width > MAX_RESIZED_PIXELS:
+        raise BadImage(
+            f"{old_width} x {old_height} pixels would become {width} x {height}, above the limit "
+            f"of {MAX_RESIZED_PIXELS:,}; crop it, or lower the size"
+        )
+    return resize_box(to_pillow(image), (0, 0, old_width, old_height), height, width)
+
+
 def resize_center_crop(image: np.ndarray, resize: int, crop: int) -> np.ndarray:
     """The evaluations' view: short side to `resize` px, then the centred `crop` x `crop` px.
 
@@ -195,13 +212,15 @@ def resize_center_crop(image: np.ndarray, resize: int, crop: int) -> np.ndarray:
 
     Returns:
       uint8 [crop, crop, c].
+
+    Raises:
+      BadImage: as `resize_whole`.
     """
     if crop > resize:
         raise ValueError(f"{crop=} must not exceed {resize=}; raise the latter")
-    height, width = image.shape[:2]
-    short = min(height, width)
-    new_height, new_width = (int(resize * side / short) for side in (height, width))
-    resized = resize_box(to_pillow(image), (0, 0, width, height), new_height, new_width)
+    short = min(image.shape[:2])
+    new_height, new_width = (int(resize * side / short) for side in image.shape[:2])
+    resized = resize_whole(image, new_height, new_width)
     top = round((new_height - crop) / 2)
     left = round((new_width - crop) / 2)
     return resized[top : top + crop, left : left + crop]

@@ -128,11 +128,11 @@ class LabelledImages:
             return self._cache[index]
         try:
             record = self._source[index]
-            image = decode(record.image, **self._reading)
+            image = resize_center_crop(decode(record.image, **self._reading), **self._sizes)
         except BadImage as error:
             self._bad[index] = (self._source.name(index), str(error))
             return None
-        item = (resize_center_crop(image, **self._sizes), self._labels[record.label])
+        item = (image, self._labels[record.label])
         if self._is_cached:
             self._cache[index] = item
         return item

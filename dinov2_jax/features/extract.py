@@ -30,7 +30,7 @@ _OTHER_SUFFIXES = (".npy", ".parquet", ".csv", ".pt", ".pth", ".h5", ".hdf5")
 
 def extract(
     model: Model | str | os.PathLike,
-    source: Source | str,
+    source: Source | str | os.PathLike,
     out: str | os.PathLike,
     *,
     what: str | Sequence[str] = "cls",
@@ -67,7 +67,8 @@ def extract(
       max_bad_fraction: share of bad images above which it stops, if there is more than one; 0:
         at the first.
       process_index, process_count: this process makes every `process_count`-th shard. None: those
-        of `jax.distributed`, which are 0 and 1 without it.
+        of `jax.distributed` where the caller has initialised it (the command does not), else 0
+        and 1.
       quiet: says nothing.
 
     Raises:
@@ -77,9 +78,13 @@ def extract(
     """
     if dtype not in DTYPES:
         raise ValueError(f"{dtype=} must be one of {tuple(DTYPES)}; choose one of them")
-    sizes = {"per_device_batch_size": per_device_batch_size, "shard_size": shard_size}
-    for name, size in sizes.items():
-        if size < 1:
+    numbers = {
+        "per_device_batch_size": per_device_batch_size,
+        "shard_size": shard_size,
+        "num_threads": num_threads,
+    }
+    for name, size in numbers.items():
+        if size is not None and size < 1:
             raise ValueError(f"{name}={size} must be at least 1; leave it out for its default")
     process = (
         jax.process_index() if process_index is None else process_index,
@@ -87,7 +92,7 @@ def extract(
     )
     out = _check_target(out, *process)
     model = model if isinstance(model, Model) else load(model)
-    source = source if isinstance(source, Source) else open_source(source)
+    source = source if isinstance(source, Source) else open_source(os.fspath(source))
     spec = model.spec
     outputs = parse_what(what, depth=spec.depth, num_register_tokens=spec.num_register_tokens)
     sizes = model.sizes(resize_size_px=resize_size_px, crop_size_px=crop_size_px, crop=crop)

@@ -58,6 +58,8 @@ class FolderStore:
     def __enter__(self) -> "FolderStore":
         require_pyarrow()
         try:
+            if self._out.is_dir():
+                self._is_to_be_made()  # before the lock, which would stay in a refused folder
             self._out.mkdir(parents=True, exist_ok=True)
             self._lock = open(self._lock_file, "w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
@@ -69,7 +71,8 @@ class FolderStore:
                 f"{self._out} cannot be written ({error.strerror or error}); choose another"
             ) from error
         try:
-            self._agree()
+            if self._is_to_be_made():
+                self._write(INDEX_FILE, format_index(self._index))
         except StoreError:
             self._lock.close()
             raise
@@ -111,7 +114,12 @@ class FolderStore:
             self._files[name].append(array)
 
     def close_shard(self, number: int) -> None:
-        """The shard is complete: it appears in its place."""
+        """The shard is complete: it appears in its place.
+
+        Raises:
+          StoreError: the folder is by now of other features.
+        """
+        self._check_index()
         for file in self._files.values():
             file.close()
         write_table(self._part / TABLE_FILE, self._rows, bool(self._index["label_names"]))
@@ -131,7 +139,11 @@ class FolderStore:
 
         Args:
           rejected: images found bad at the scan.
+
+        Raises:
+          StoreError: as `close_shard`.
         """
+        self._check_index()
         if self.missing():
             return False
         import pyarrow.parquet
@@ -154,14 +166,18 @@ class FolderStore:
         self._write(BAD_IMAGES_FILE, text)
         return self._out / BAD_IMAGES_FILE
 
-    def _agree(self) -> None:
-        """Compares with the index that is there; writes it where nothing has been made yet."""
+    def _check_index(self) -> None:
+        """Another process, started at the same moment, may have written an index of its own."""
+        check_same(self._out, read_index(self._out), self._index)
+
+    def _is_to_be_made(self) -> bool:
+        """Compares with what is there; whether nothing is yet, so that the index is ours."""
         if (self._out / INDEX_FILE).exists():
             old = read_index(self._out)
             others = [x for x in self._out.glob(".lock-*") if x != self._lock_file]
             if others or any(self._out.glob("shard-*")):
                 check_same(self._out, old, self._index)
-                return
+                return False
         else:
             others = sorted(p.name for p in self._out.iterdir() if not p.name.startswith("."))
             if others:
@@ -169,7 +185,7 @@ class FolderStore:
                     f"{self._out} has no {INDEX_FILE} but holds {others[0]}: it is a folder of "
                     "something else; choose another, which will be made"
                 )
-        self._write(INDEX_FILE, format_index(self._index))
+        return True
 
     def _bad_of(self, number: int) -> list[str]:
         with contextlib.suppress(FileNotFoundError):

@@ -25,8 +25,9 @@ from dinov2_jax.sharding import path_names
 INDEX_FILE = "index.json"
 METADATA_KEY = "dinov2_jax.features"  # of the index in a safetensors file
 FORMAT = "dinov2_jax.features 1"
-# What a run that goes on need not agree on: added at the end, or for people.
-_FREE = ("rows", "bad_images", "model.name")
+# What a run that goes on need not agree on: added at the end, or for people (`photos/` is
+# `photos`; other images have other names).
+_FREE = ("rows", "bad_images", "model.name", "source.path")
 _NUM_SAMPLED_NAMES = 256
 _MAX_SHOWN = 60  # characters of a value
 

@@ -48,8 +48,9 @@ class FeatureSet:
 class ShardedArray:
     """An array in pieces along axis 0, mapped from disk: rows are read when they are asked for.
 
-    Index it as numpy: `x[3]`, `x[10:20]`, `x[ids]`, `x[mask]`, `x[10:20, 0]`. `numpy.asarray(x)`
-    reads all of it.
+    Index it as numpy: `x[3]`, `x[10:20]`, `x[ids]`, `x[mask]`, `x[10:20, 0]`; axes after the first
+    take numbers and slices only, and anything else is an IndexError. `numpy.asarray(x)` reads all
+    of it.
 
     Attributes:
       shards: the pieces, in order.
@@ -77,21 +78,35 @@ class ShardedArray:
         return np.asarray(self[:], dtype)
 
     def __getitem__(self, key) -> np.ndarray:
-        rows, rest = (key[0], key[1:]) if isinstance(key, tuple) else (key, ())
-        numbers = np.arange(len(self))[rows]
-        if numbers.ndim == 0:
-            shard, row = self._locate(numbers)
+        rows, *rest = (key or (slice(None),)) if isinstance(key, tuple) else (key,)
+        if any(x is Ellipsis or x is None for x in (rows, *rest)):
+            raise IndexError("shards take no `...` and no new axis; numpy.asarray(x) takes both")
+        if not all(_is_number(x) or isinstance(x, slice) for x in rest):
+            raise IndexError("only rows may be listed; index the result again, x[rows][:, columns]")
+        if _is_number(rows):
+            shard, row = self._locate(np.int64(range(len(self))[rows]))
             return self.shards[int(shard)][(int(row), *rest)]
-        found = np.empty((*numbers.shape, *self.shape[1:]), self.dtype)
+        if isinstance(rows, slice):
+            numbers = np.arange(*rows.indices(len(self)))
+        else:
+            numbers = np.arange(len(self))[rows]
+        rest = (slice(None), *rest)
+        row_shape = np.empty((0, *self.shape[1:]), self.dtype)[rest].shape[1:]
+        found = np.empty((*numbers.shape, *row_shape), self.dtype)
         shards, positions = self._locate(numbers)
         for i in np.unique(shards).tolist():
-            found[shards == i] = self.shards[i][positions[shards == i]]
-        return found[(slice(None), *rest)]
+            is_here = shards == i
+            found[is_here] = self.shards[i][rest][positions[is_here]]
+        return found
 
     def _locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard and row in it of rows of the whole."""
         shards = np.searchsorted(self._ends, numbers, side="right")
         return shards, numbers - np.concatenate([[0], self._ends])[shards]
+
+
+def _is_number(key) -> bool:
+    return isinstance(key, (int, np.integer)) and not isinstance(key, bool)
 
 
 def read(out: str | os.PathLike) -> FeatureSet:

@@ -67,9 +67,9 @@ class Reader:
         try:
             record = self._source[index]
             pixels = decode(record.image, num_channels=self._num_channels)
+            pixels = resize(pixels, **self._sizes)
         except BadImage as error:
             return Image(Row(index, self._source.name(index), None), None, str(error))
-        pixels = resize(pixels, **self._sizes)
         if self.image_shape not in (None, pixels.shape):
             sizes = ["{} x {}".format(*shape[:2]) for shape in (self.image_shape, pixels.shape)]
             raise ValueError(

@@ -1,7 +1,7 @@
 """Draws what a model makes of images: `python -m dinov2_jax.visualize COMMAND IMAGES.. --model M`.
 
 Commands: pca, attention, neighbors, matches. Writes one PNG or one self-contained HTML file, as
-the suffix of --out says. Exit codes: 0 done, 2 wrong input (nothing was written then).
+the suffix of --out says. Exit codes: 0 done; 2 wrong input, 130 interrupted: nothing was written.
 """
 
 import argparse
@@ -12,16 +12,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dinov2_jax.data.folder import FileSource
 from dinov2_jax.data.image_ops import resize_center_crop
 from dinov2_jax.data.records import Source
-from dinov2_jax.features.extractor import FeatureExtractor, cls_and_mean_patch
+from dinov2_jax.features.extractor import FeatureExtractor
 from dinov2_jax.model import Model, load
-from dinov2_jax.preprocess import resize_to_patches
+from dinov2_jax.preprocess import resize, resize_to_patches
 from dinov2_jax.visualize import attention, matches, neighbors, pca, sheets
-from dinov2_jax.visualize.patches import patch_grids
+from dinov2_jax.visualize.patches import check_size, patch_grids
 from dinov2_jax.visualize.photos import Photo, PhotoReader, open_images, spaced_rows
 
-WRONG_INPUT = 2
+WRONG_INPUT, INTERRUPTED = 2, 130
 PATCHES_A_SIDE = 32  # of the short side: 448 px for patches of 14
 BATCH_SIZE = 16
 
@@ -32,10 +33,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
+    return int(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -116,11 +116,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = sheets.checked_target(flags.out)
         source = open_images(flags.images)
         _refuse_to_replace(target, source)
+        if getattr(flags, "gallery", None) and target.exists():
+            _refuse_to_replace(target, open_images([flags.gallery]))
         sheet = flags.draw(flags, load(flags.model), source)
         sheets.save(sheet, target)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return WRONG_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
     print(f"wrote {target}: {sheet.title}, {target.stat().length / 1e3:.0f} kB")
     return 0
 
@@ -149,12 +154,10 @@ def draw_attention(flags: argparse.Namespace, model: Model, source: Source) -> s
 
 def draw_neighbors(flags: argparse.Namespace, model: Model, source: Source) -> sheets.Sheet:
     """The most similar images."""
-    crop_px = flags.crop_size_px or model.spec.crop_size_px
-    prepare = functools.partial(
-        resize_center_crop, resize=max(model.spec.resize_size_px, crop_px), crop=crop_px
-    )
+    sizes = model.sizes(resize_size_px=None, crop_size_px=flags.crop_size_px, crop=True)
+    prepare = functools.partial(resize, **sizes)
     extract = FeatureExtractor(
-        cls_and_mean_patch(model.apply),
+        lambda params, images: {"cls": model.apply(params, images).cls},
         mean=model.spec.mean,
         std=model.spec.std,
         batch_size=BATCH_SIZE,
@@ -209,6 +212,7 @@ def _photos(
     """The images to draw, at the size that the network gets."""
     patch = model.spec.patch_size
     size_px = flags.size_px or PATCHES_A_SIDE * patch
+    check_size(size_px, patch)
     if flags.square:
         size_px = max(round(size_px / patch), 1) * patch
         prepare = functools.partial(resize_center_crop, resize=size_px, crop=size_px)
@@ -239,11 +243,13 @@ def _say(reader: PhotoReader, num_photos: int, command: str, *, needed: int = 1)
 
 def _refuse_to_replace(target: os.PathLike, source: Source) -> None:
     """Raises ValueError where the picture would take the place of one of the images."""
-    for i in range(len(source)):
-        name = source.name(i)
-        is_target = os.path.basename(name) == target.name
-        if is_target and os.path.realpath(name) == os.path.realpath(target):
-            raise ValueError(f"{target} is one of the images; choose another --out")
+    for part in getattr(source, "sources", [source]):
+        if not isinstance(part, FileSource):
+            continue  # in no file of its own; ArrayRecord would read each record for its name
+        for name in map(part.name, range(len(part))):
+            is_namesake = os.path.basename(name) == target.name
+            if is_namesake and os.path.realpath(name) == os.path.realpath(target):
+                raise ValueError(f"{target} is one of the images; choose another --out")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A grid is float32 `[h, w, d]`; the grids of several photos may differ in rows and columns.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -42,6 +43,15 @@ def patch_grids(
         grids.append(np.asarray(output.patches[0], np.float32))
     check_features(np.concatenate([x.reshape(-1, x.shape[-1]) for x in grids]), "patch features")
     return grids
+
+
+def check_size(size_px: int, patch_size: int) -> None:
+    """Raises ValueError where even a square of this side has more than `MAX_PATCHES` patches."""
+    if (size_px // patch_size) ** 2 > MAX_PATCHES:
+        raise ValueError(
+            f"size_px={size_px} makes more than {MAX_PATCHES} patches of an image; lower it to "
+            f"{math.isqrt(MAX_PATCHES) * patch_size} or less"
+        )
 
 
 def normalized(model: Model, photo: Photo) -> jax.Array:

@@ -8,6 +8,7 @@ import numpy as np
 from dinov2_jax.data.image_ops import decode
 from dinov2_jax.data.records import BadImage, Source
 from dinov2_jax.data.sources import open_mixture, open_source
+from dinov2_jax.features.table import printable
 
 
 class Photo(NamedTuple):
@@ -59,11 +60,11 @@ class PhotoReader:
         for row in rows:
             name = self.source.name(row)
             try:
-                image = decode(self.source[row].image, **self._reading)
+                image = self._prepare(decode(self.source[row].image, **self._reading))
             except BadImage as error:
                 self.rejected.append((name, str(error)))
                 continue
-            yield row, Photo(name, self._prepare(image))
+            yield row, Photo(name, image)
 
     def read(self, rows: Iterable[int]) -> dict[int, Photo]:
         """The readable ones of these records by row, their names as short as tells them apart."""
@@ -86,10 +87,11 @@ def spaced_rows(num_rows: int, count: int) -> list[int]:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The last parts of paths: as many of each as tell all of them apart."""
+    """The last parts of paths, as text: as many of each as tell all of them apart."""
+    names = [printable(name) for name in names]
     parts = [name.split("/") for name in names]
     for count in range(1, max(map(len, parts), default=0)):
         short = ["/".join(x[-count:]) for x in parts]
         if len(set(short)) == len(set(names)):
             return short
-    return list(names)
+    return names

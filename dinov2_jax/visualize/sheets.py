@@ -172,7 +172,8 @@ def named(image: Image.Image, name: str, *, ink: tuple[int, int, int] = FAINT) -
     canvas.paste(image, (0, 0))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(TEXT_PX)
     while draw.textlength(name, font) > image.width:
-        name = name[:-2].rstrip(".") + "."
+        shorter = name[:-2].rstrip(".")
+        name = shorter and f"{shorter}."  # on a tile of a few pixels nothing is left
     draw.text((0, image.height), name, ink, font)
     return canvas
 

@@ -259,3 +259,14 @@ def test_resize_center_crop_is_torchvisions(height, width):
 def test_a_crop_larger_than_the_image_is_an_error():
     with pytest.raises(ValueError, match="crop=33 must not exceed resize=32"):
         resize_center_crop(RGB, resize=32, crop=33)
+
+
+def test_a_strip_is_refused_before_its_resize_takes_memory():
+    """Short side 1 px to 256: the whole would have 256 x 256 times its pixels."""
+    strip = np.zeros((1, 8000, 3), np.uint8)
+    for image in (strip, strip.transpose(1, 0, 2)):
+        with pytest.raises(
+            BadImage, match=r"would become .*2048000.*above the limit of 100,000,000"
+        ):
+            resize_center_crop(image, resize=256, crop=224)
+    assert resize_center_crop(strip[:, :1000], resize=32, crop=28).shape == (28, 28, 3)

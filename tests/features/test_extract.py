@@ -74,7 +74,7 @@ def test_numbers_are_the_models_and_rows_the_sources(whole, model, photos):
 def test_one_device_is_eight(whole, model, photos, tmp_path, monkeypatch):
     one = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "local_devices", lambda: one)
-    extract(model, str(photos), tmp_path / "out", **SETTINGS | {"per_device_batch_size": 3})
+    extract(model, photos, tmp_path / "out", **SETTINGS | {"per_device_batch_size": 3})
     assert_close(read(tmp_path / "out"), read(whole))
 
 
@@ -104,7 +104,7 @@ def test_another_option_is_refused(whole, model, photos, change):
 
 
 def test_other_images_are_refused(whole, model, photos):
-    with pytest.raises(ValueError, match=r"images: 20 -> 10; .*source.path: "):
+    with pytest.raises(ValueError, match=r"images: 20 -> 10; .*source.names_sha256: "):
         extract(model, str(photos / "class_0"), whole, **SETTINGS)
     renamed = open_source(str(photos))
     renamed.name = lambda index: f"another {index}"
@@ -191,6 +191,8 @@ def test_half_precision_on_disk(whole, model, photos, tmp_path, dtype):
         ("out", {"dtype": "float8"}, "dtype='float8' must be one of"),
         ("out", {"per_device_batch_size": 0}, "per_device_batch_size=0 must be at least 1"),
         ("out", {"shard_size": 0}, "shard_size=0 must be at least 1"),
+        ("out", {"num_threads": -1}, "num_threads=-1 must be at least 1; leave it out"),
+        ("out", {"resize_size_px": -5}, "resize_size_px=-5 must be at least 1"),
         ("out", {"process_index": 2, "process_count": 2}, "must lie between 0 and"),
         ("out.npz", {"process_index": 0, "process_count": 2}, "one file, which one process writes"),
         ("out.npy", {}, "must be a folder, or a file .npz or .safetensors"),

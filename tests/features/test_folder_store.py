@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dinov2_jax.features.folder_store import FolderStore
-from dinov2_jax.features.index import FORMAT
+from dinov2_jax.features.index import FORMAT, format_index
 from dinov2_jax.features.read import read
 from dinov2_jax.features.table import Row, StoreError
 
@@ -130,6 +130,7 @@ def test_folders_of_something_else_are_left_alone(tmp_path):
         with pytest.raises(StoreError, match="does not hold features of dinov2_jax"):
             open_store(tmp_path / "broken").__enter__()
         assert (tmp_path / "broken" / "index.json").read_text() == text
+    assert not list(tmp_path.rglob(".lock*"))
 
 
 def test_where_nothing_was_made_another_option_may_be_tried(tmp_path):
@@ -142,6 +143,19 @@ def test_where_nothing_was_made_another_option_may_be_tried(tmp_path):
     # Unless others may be at work.
     with pytest.raises(StoreError, match="what: 'mean' -> 'cls'"):
         open_store(out, process=(0, 2)).__enter__()
+
+
+def test_two_that_started_together_do_not_mix(tmp_path):
+    """Both found nothing; the index is of the one that wrote last."""
+    out = tmp_path / "out"
+    with open_store(out) as store:
+        store.append([Row(0, "path0", 0), Row(1, "path1", 1)], [], {"cls": features([0, 1])})
+        (out / "index.json").write_text(format_index(INDEX | {"what": "mean"}))
+        with pytest.raises(StoreError, match="what: 'mean' -> 'cls'"):
+            store.close_shard(0)
+        with pytest.raises(StoreError, match="what: 'mean' -> 'cls'"):
+            store.finish([])
+    assert not list(out.glob("shard-*"))
 
 
 def test_a_changed_option_is_refused_and_changes_nothing(tmp_path):

@@ -26,11 +26,39 @@ SHARDED = ShardedArray([WHOLE[:3], WHOLE[3:4], WHOLE[4:]], (3, 2), np.dtype(np.f
         (4, 1),
         (slice(1, 6), 2, 0),
         ([5, 1], slice(None), 1),
+        ([5, 1], 2),
+        (slice(None, None, 3), slice(1, None), slice(None, None, -1)),
+        (-2, slice(None), 0),
+        (WHOLE[:, 0, 0] > 15, -1),
+        np.array(5),
+        True,
+        [],
+        (),
     ],
     ids=repr,
 )
 def test_indexing_is_numpys(key):
     np.testing.assert_array_equal(SHARDED[key], WHOLE[key])
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (..., "numpy.asarray"),
+        ((..., 0), "numpy.asarray"),
+        ((slice(None), None), "numpy.asarray"),
+        (([0, 1], [2, 2]), "only rows may be listed"),
+        ((slice(None), [0, 2]), "only rows may be listed"),
+        ((0, True), "only rows may be listed"),
+        ((0, 0, 0, 0), "too many indices"),
+        ((slice(None), 3), "out of bounds"),
+        (-8, "out of range"),
+    ],
+    ids=repr,
+)
+def test_other_keys_are_refused_not_misread(key, message):
+    with pytest.raises(IndexError, match=message):
+        SHARDED[key]
 
 
 def test_it_behaves_like_an_array():

@@ -74,3 +74,10 @@ def test_without_a_crop_the_first_readable_image_gives_the_size():
         reader(2)
     with pytest.raises(DataError, match=r"none of 1 images .* can be read"):
         Reader(ListSource([BadImage("gone")], ["a"]), WHOLE, num_channels=3)
+
+
+def test_a_strip_is_a_bad_image_not_the_end():
+    source = ListSource([np.zeros((1, 9000, 3), np.uint8)], ["strip"])
+    sizes = CROP | {"resize_size_px": 256}
+    image = Reader(source, sizes, num_channels=3)(0)
+    assert image.pixels is None and "9000 x 1 pixels would become" in image.reason

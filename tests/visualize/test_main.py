@@ -116,9 +116,17 @@ def test_neighbours_leave_the_query_out(model, images, capsys, monkeypatch):
         (["pca", "in", "--model", "nothing.pth"], "nothing.pth"),
         (["pca", "in"], "the following arguments are required: --model"),
         (["map", "in"], "invalid choice: 'map'"),
-        (["pca", "in", "--model", "{model}", "--tile-px", "0"], "argument --tile-px"),
+        (
+            ["pca", "in", "--model", "{model}", "--tile-px", "0"],
+            "argument --tile-px: '0' must be a whole number, at least 1",
+        ),
+        (["pca", "in", "--model", "{model}", "--tile-px", "x"], "'x' must be a whole number"),
         (["pca", "in", "--model", "{model}", "--out", "x.gif"], "x.gif must end in .png or .html"),
         (["pca", "in", "--model", "{model}", "--out", "in/1.png"], "is one of the images"),
+        (
+            ["neighbors", "in/1.png", "--gallery", "in", "--model", "{model}", "--out", "in/2.png"],
+            "in/2.png is one of the images",
+        ),
         (["pca", "in", "--model", "{model}", "--threshold", "9"], "threshold=9.0 must be below"),
         (["pca", "in", "--model", "{model}", "--block", "2"], "different blocks of 0..1"),
         (["attention", "in", "--model", "{model}", "--block", "2"], "must be one of 0..1"),
@@ -138,4 +146,25 @@ def test_wrong_input(arguments, message, model, images, capsys):
     assert code == 2
     errors = [line for line in err if not line.startswith("left out in/4.png: ")]
     assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], err
+    assert [p.name for p in images.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("cause", ["too large", "interrupted"])
+def test_nothing_is_read_for_a_size_that_cannot_be_drawn(cause, model, images, capsys, monkeypatch):
+    def read(*_):
+        if cause == "interrupted":
+            raise KeyboardInterrupt
+        raise AssertionError("read")
+
+    monkeypatch.setattr("dinov2_jax.visualize.photos.PhotoReader.sample", read)
+    size_px = 12_000 if cause == "too large" else 16
+    code, _, err = run(capsys, "pca", "in", "--model", model, "--size-px", size_px)
+    expected = {
+        "too large": (
+            2,
+            "error: size_px=12000 makes more than 16384 patches of an image; lower it ",
+        ),
+        "interrupted": (130, "interrupted; nothing was written"),
+    }
+    assert (code, err[0][: len(expected[cause][1])]) == expected[cause]
     assert [p.name for p in images.iterdir()] == ["in"]

@@ -52,6 +52,15 @@ def test_too_large_photos_are_passed_over():
     assert photo.pixels.shape == (20, 30, 1)
 
 
+def test_strips_are_passed_over():
+    prepare = functools.partial(resize_center_crop, resize=400, crop=14)
+    reader = PhotoReader(Photos(), prepare=prepare)
+    assert len(reader.sample(1)) == 1
+    reader = PhotoReader(Photos(), prepare=functools.partial(prepare, resize=20_000))
+    assert reader.sample(1) == []
+    assert "30 x 20 pixels would become 30000 x 20000" in reader.rejected[-1][1]
+
+
 def test_rows_keep_their_numbers(reader):
     assert [row for row, _ in reader([3, 4, 1])] == [3, 1]
     assert list(reader.read([3, 4, 1])) == [3, 1]
@@ -71,6 +80,7 @@ def test_spaced_rows(num_rows, count, rows):
         (["/x/a/1.jpg", "/x/b/1.jpg", "c.jpg"], ["a/1.jpg", "b/1.jpg", "c.jpg"]),
         (["1.jpg", "b/1.jpg"], ["1.jpg", "b/1.jpg"]),
         (["/x/1.jpg", "/x/1.jpg"], ["1.jpg", "1.jpg"]),
+        (["a/\udcff.jpg"], ["\\xff.jpg"]),  # a byte that is no UTF-8; HTML and fonts take text
         ([], []),
     ],
 )

@@ -50,6 +50,12 @@ def test_names_are_cut_to_the_picture():
     assert count(short, sheets.BACKGROUND) < 20 * sheets.LINE_PX  # some ink
 
 
+@pytest.mark.parametrize("width_px", [1, 2])
+def test_no_name_fits_a_tile_of_a_few_pixels(width_px):
+    tile = named(Image.new("RGB", (width_px, 4), RED), "name.jpg")
+    assert count(tile, sheets.BACKGROUND) == width_px * sheets.LINE_PX
+
+
 def test_grey_and_more_channels_become_rgb():
     grey = np.full((2, 2, 1), 7, np.uint8)
     assert rgb(grey).shape == (2, 2, 3) and (rgb(grey) == 7).all()
