@@ -15,6 +15,7 @@ import pathlib
 import jax
 import pytest
 
+from tests import object_store
 from tests.small_run import run
 
 
@@ -43,3 +44,13 @@ def finished(cache, tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("finished")
     assert run(workdir) == 0
     return workdir
+
+
+@pytest.fixture(scope="session")
+def bucket() -> str:
+    """gs://.. of an emulated object store; see `tests.object_store`."""
+    object_store.require()
+    with object_store.emulator() as address, pytest.MonkeyPatch.context() as patch:
+        for name, value in object_store.environment(address).items():
+            patch.setenv(name, value)
+        yield f"gs://{object_store.BUCKET}"
