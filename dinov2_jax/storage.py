@@ -90,3 +90,18 @@ def upload(local: pathlib.Path, path: epath.Path) -> None:
     for file in sorted(local.rglob("*")):
         if file.is_file():
             store.put_file(str(file), str(path / file.relative_to(local).as_posix()))
+
+
+def move(folder: epath.Path, target: epath.Path) -> None:
+    """Moves a folder to where nothing is; in a store object by object, within a bucket."""
+    if is_url(folder):
+        from google.cloud import storage
+
+        name, _, prefix = str(folder).removeprefix("gs://").partition("/")
+        bucket = storage.Client().bucket(name)
+        for blob in list(bucket.list_blobs(prefix=f"{prefix}/")):
+            rest = blob.name.removeprefix(f"{prefix}/")
+            bucket.rename_blob(blob, str(target / rest).removeprefix(f"gs://{name}/"))
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(target)

@@ -79,7 +79,6 @@ def environment(address: str) -> dict[str, str]:
         "STORAGE_EMULATOR_HOST": address,  # gcsfs, google-cloud-storage
         "TENSORSTORE_GCS_HTTP_URL": address,  # what Orbax writes arrays with
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # would ask Google for the kind of bucket
         "GOOGLE_CLOUD_PROJECT": "none",
         "NO_GCE_CHECK": "true",
     }
