@@ -1,8 +1,8 @@
 """Checkpoints: the train state and the host's books, saved in the background, kept by policy.
 
-A thin wrapper on Orbax's `CheckpointManager`. One step is one directory that appears by a rename:
-a run killed while saving leaves the step before it untouched, and a directory that the rename
-never reached is removed at the next start.
+A thin wrapper on Orbax's `CheckpointManager`. One step is one directory that appears by a rename,
+in an object store by a last object: a run killed while saving leaves the step before it untouched,
+and a directory that was not completed is removed at the next start.
 """
 
 import contextlib
@@ -18,11 +18,13 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dinov2_jax.distributed import together
+from dinov2_jax.distributed import on_primary, together
+from dinov2_jax.storage import is_url, move
 
 STATE, HOST = "state", "host"
-# Where a step that cannot be read is moved, out of the way of a new one of the same number.
-UNREADABLE = "unreadable"
+# Where a step that cannot be read is moved, out of the way of a new one of the same number. Beside
+# the directory: in it, Orbax removes at gs:// all that it did not complete itself.
+UNREADABLE = "_unreadable"
 
 
 @dataclasses.dataclass
@@ -65,7 +67,7 @@ class Checkpoints:
         # errors are raised by `save`, `wait` or leaving the context.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = epath.Path(directory)
-        if "://" not in str(directory):  # Orbax saves to absolute paths only
+        if not is_url(directory):  # Orbax saves to absolute paths only
             self.directory = self.directory.resolve()
         self.keep = keep
         self._manager = self._open()
@@ -121,7 +123,7 @@ class Checkpoints:
 
     def _check_space(self, num_bytes: int) -> None:
         """Fails before anything is half written: the writers' threads would fail one by one."""
-        if "://" in str(self.directory):
+        if is_url(self.directory):
             return
         free = shutil.disk_usage(self.directory).free
         if free < num_bytes:
@@ -143,7 +145,7 @@ class Checkpoints:
         """Restores the newest checkpoint that can be read.
 
         Steps that cannot be read (a disk error, a directory half deleted) are moved to
-        `unreadable/`, so that nothing is lost and their numbers are free again.
+        `checkpoints_unreadable/`, so that nothing is lost and their numbers are free again.
 
         Args:
           abstract_state: `jax.ShapeDtypeStruct`s, each with the sharding to restore onto.
@@ -187,13 +189,16 @@ class Checkpoints:
         if not steps:
             return
         self._manager.close()
+        on_primary(lambda: self._move_aside(steps))
+        self._manager = self._open()
+
+    def _move_aside(self, steps: list[int]) -> None:
+        folder = self.directory.with_name(self.directory.name + UNREADABLE)
         for step in steps:
-            target = self.directory / UNREADABLE / str(step)
+            target = folder / str(step)
             with contextlib.suppress(FileNotFoundError):
                 target.rmtree()
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (self.directory / str(step)).rename(target)
-        self._manager = self._open()
+            move(self.directory / str(step), target)
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:

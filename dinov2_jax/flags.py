@@ -17,7 +17,11 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "--config.data.path=/your/images or --config.total_steps=1000.",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", metavar="DIR", help="default: runs/<name of the config>")
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        help="folder, or gs://bucket/folder; default: runs/<name of the config>",
+    )
     parser.add_argument(
         "--dry_run", action="store_true", help="print the start-up table and exit; writes nothing"
     )

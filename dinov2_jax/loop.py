@@ -5,6 +5,7 @@ brought up to a step before anything of that step is saved: a resumed run repeat
 """
 
 import collections
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from dinov2_jax.metrics import MetricsWriter
 from dinov2_jax.optim.schedules import Hyperparameters, Schedules
 from dinov2_jax.progress import Display, format_step
 from dinov2_jax.rhythm import Rhythm
+from dinov2_jax.storage import made_locally
 from dinov2_jax.train_state import TrainState
 from dinov2_jax.workdir import BadImages
 
@@ -110,7 +112,7 @@ class Loop:
         self.bad_images.records = set(self.books["bad_records"])
         if self.books["best"]:
             self.checkpoints.keep.best_step = self.books["best"]["step"]
-        self._is_tracing = False
+        self._is_tracing, self._tracing = False, contextlib.ExitStack()
         self._restart_clock()
 
     def run(self) -> bool:
@@ -138,6 +140,8 @@ class Loop:
         """Starts to save a checkpoint of the steps done so far, all of which are in the books."""
         if self.step > 0:
             self.books["bad_records"] = sorted(self.bad_images.records)
+            self.bad_images.flush()
+            self.writer.flush()
             self.checkpoints.save(self.step, self.state, self.books)
 
     def _one_step(self) -> None:
@@ -166,7 +170,8 @@ class Loop:
         first, last = self.rhythm.profile or (-1, -1)
         if self.step == first:
             self._settle(0)
-            jax.profiler.start_trace(str(self.workdir / "profile"))
+            folder = self._tracing.enter_context(made_locally(self.workdir / "profile"))
+            self._tracing.enter_context(jax.profiler.trace(str(folder)))
             self._is_tracing = True
         elif self.step >= last:
             self._stop_trace()
@@ -174,7 +179,7 @@ class Loop:
     def _stop_trace(self) -> None:
         if self._is_tracing:
             self._settle(0)
-            jax.profiler.stop_trace()
+            self._tracing.close()
             self._is_tracing = False
 
     def _settle(self, in_flight: int) -> None:

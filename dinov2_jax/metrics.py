@@ -7,9 +7,11 @@ run writes the same lines. Only times and rates, which no one can repeat, differ
 import importlib.metadata
 import json
 import math
+import pathlib
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 from etils import epath
 
 from dinov2_jax.config_rules import ConfigError
+from dinov2_jax.storage import GrowingFile, is_url, upload, write_whole
 
 METRICS_FILE = "metrics.jsonl"
 # The fields that depend on the machine and the moment: all others repeat bit for bit.
@@ -34,7 +37,7 @@ PACKAGES = (
 
 
 class MetricsWriter:
-    """Appends one JSON object a line, each on disk (or handed to the file system) at once."""
+    """Appends one JSON object a line; on a disk at once, in an object store see `GrowingFile`."""
 
     def __init__(
         self,
@@ -63,21 +66,22 @@ class MetricsWriter:
         """
         workdir = epath.Path(workdir)
         self.path = workdir / METRICS_FILE
-        self._tensorboard = self._wandb = None
+        self._tensorboard = self._wandb = self._local_events = None
         if wandb_project:
             self._wandb = _start_wandb(workdir, wandb_project, config or {})
         kept = kept_lines(self.path, restored_step, evaluated_step)
-        # Written beside and renamed: a kill in between must not lose the old lines.
-        beside = self.path.with_suffix(".jsonl.tmp")
-        beside.write_text("".join(f"{line}\n" for line in kept))
-        beside.replace(self.path)
-        self._file = self.path.open("a")
+        # Whole: a kill in between must not lose the old lines.
+        write_whole(self.path, "".join(f"{line}\n" for line in kept))
+        self._file = GrowingFile(self.path)
         if tensorboard:
             from tensorboardX import SummaryWriter
 
             purge_step = 0 if restored_step is None else restored_step + 1
+            self._events = workdir / "tensorboard"
+            if is_url(workdir):  # its own writer for gs:// hangs the run when an upload fails
+                self._local_events = tempfile.TemporaryDirectory(prefix="dinov2_jax_")
             self._tensorboard = SummaryWriter(
-                str(workdir / "tensorboard"),
+                self._local_events.name if self._local_events else str(self._events),
                 purge_step=purge_step,
                 # The name holds seconds only: two quick starts must not share a file.
                 filename_suffix=f".from{restored_step or 0}",
@@ -87,11 +91,20 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+        self.flush()
+        if self._local_events:
+            self._local_events.cleanup()
+
+    def flush(self) -> None:
+        """Returns when every line is where it belongs; before a checkpoint that relies on them."""
+        self._file.flush()
+        if self._local_events:
+            self._tensorboard.flush()
+            upload(pathlib.Path(self._local_events.name), self._events)
 
     def lines(self) -> list[dict[str, Any]]:
         """All that has been written, in order."""
@@ -105,8 +118,7 @@ class MetricsWriter:
           values: plain numbers by name.
         """
         values = {name: _plain(value) for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._file.add(json.dumps({"step": step, **values}) + "\n")
         finite = {name: value for name, value in values.items() if value is not None}
         if self._tensorboard:
             for name, value in finite.items():
@@ -125,6 +137,9 @@ class NoWriter:
         """Nothing is open."""
 
     def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """Does nothing."""
+
+    def flush(self) -> None:
         """Does nothing."""
 
     def lines(self) -> list[dict[str, Any]]:
@@ -230,6 +245,4 @@ def add_environment(workdir: epath.PathLike, environment: Mapping[str, Any]) -> 
         starts = json.loads(path.read_text())["starts"]
     except (OSError, ValueError, KeyError):
         starts = []
-    beside = path.with_suffix(".json.tmp")
-    beside.write_text(json.dumps({"starts": [*starts, environment]}, indent=2) + "\n")
-    beside.replace(path)
+    write_whole(path, json.dumps({"starts": [*starts, environment]}, indent=2) + "\n")

@@ -8,6 +8,7 @@ from etils import epath
 from dinov2_jax.convert.safetensors_file import write_safetensors
 from dinov2_jax.convert.state_dict import to_reference
 from dinov2_jax.distributed import fetch, is_primary
+from dinov2_jax.storage import made_locally
 
 TEACHER_FILE = "teacher.safetensors"
 
@@ -24,6 +25,7 @@ def teacher_writer(workdir: epath.Path, metadata: Mapping[str, str]) -> Callable
         params = fetch(teacher)
         if is_primary():
             header = {**metadata, "step": str(step)}
-            write_safetensors(workdir / TEACHER_FILE, to_reference(params), header)
+            with made_locally(workdir / TEACHER_FILE) as file:
+                write_safetensors(file, to_reference(params), header)
 
     return write

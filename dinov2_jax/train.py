@@ -32,6 +32,7 @@ from dinov2_jax.loop import Limits, Loop, new_books
 from dinov2_jax.progress import Display, format_secs
 from dinov2_jax.rhythm import Rhythm
 from dinov2_jax.signals import StopSignals
+from dinov2_jax.storage import write_whole
 from dinov2_jax.teacher_file import teacher_writer
 from dinov2_jax.workdir import (
     BAD_IMAGES_FILE,
@@ -42,7 +43,7 @@ from dinov2_jax.workdir import (
     clear_leftovers,
     is_disk_full,
     open_workdir,
-    write_whole,
+    workdir_path,
 )
 
 STOPPED, WRONG_INPUT = 1, 2
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         flags = parse_flags(sys.argv[1:] if argv is None else argv)
         config = config_lib.load_config(flags.config, flags.overrides)
-        workdir = epath.Path(flags.workdir or f"runs/{epath.Path(flags.config).stem}")
+        workdir = workdir_path(flags.workdir or f"runs/{epath.Path(flags.config).stem}")
         compiler.use_compilation_cache()
         distributed.initialize(flags.distributed)
         with StopSignals() as signals:
@@ -122,6 +123,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
         bad_images = distributed.together(
             lambda: inputs.build_bad_images(config, source, workdir, is_writer=is_primary)
         )
+        stack.callback(bad_images.flush)
         mesh = startup.build_mesh(config)
         stack.enter_context(jax.set_mesh(mesh))
         trainer = startup.build_trainer(config, mesh)

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from etils import epath
 from dinov2_jax.config import compare_configs
 from dinov2_jax.data.records import DataError, too_many_bad
 from dinov2_jax.distributed import check_same
+from dinov2_jax.storage import GrowingFile, is_url
 
 CONFIG_FILE = "config.json"
 BAD_IMAGES_FILE = "bad_images.txt"
@@ -28,22 +30,53 @@ class WorkdirError(RuntimeError):
     """A workdir that cannot be used; its text is one line for the user."""
 
 
+def workdir_path(path: str) -> epath.Path:
+    """The path of a workdir, on a disk or at gs://; every process must get it here.
+
+    Raises:
+      WorkdirError: another kind of URL, or the package for gs:// is missing.
+    """
+    if not is_url(path):
+        return epath.Path(path)
+    if not path.startswith("gs://"):
+        raise WorkdirError(
+            f"--workdir={path} must be a folder or at gs://: checkpoints go to no other store"
+        )
+    try:
+        import fsspec
+        import gcsfs  # noqa: F401
+    except ImportError as error:
+        raise WorkdirError(
+            f"--workdir={path} needs gcsfs, which is not installed; pip install 'dinov2_jax[gcs]'"
+        ) from error
+    # Other processes write here too: what was listed once may have changed since.
+    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+    # TensorFlow, where it happens to be installed, would be asked instead of gcsfs.
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    return epath.Path(path)
+
+
 @contextlib.contextmanager
 def open_workdir(path: epath.PathLike) -> Iterator[epath.Path]:
     """Creates the workdir, finds out whether it can be written, and holds it for this process.
+
+    An object store has no locks: of two runs at one URL, neither is refused.
 
     Raises:
       WorkdirError: it cannot be created or written, or another run holds it.
     """
     workdir = epath.Path(path)
+    if is_url(workdir):
+        _check_store(workdir)
+        yield workdir
+        return
     lock = None
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / LOCK_FILE
-        if "://" not in str(workdir):  # object stores have no locks
-            # Released when the process ends, in whatever way.
-            lock = open(probe, "a")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Released when the process ends, in whatever way.
+        lock = open(probe, "a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         probe.write_text(secrets.token_hex())
     except BlockingIOError as error:
         lock.close()
@@ -61,6 +94,24 @@ def open_workdir(path: epath.PathLike) -> Iterator[epath.Path]:
             lock.close()
 
 
+def _check_store(workdir: epath.Path) -> None:
+    """Finds out whether the bucket is there, may be looked at (Orbax does), and written."""
+    from google.cloud import storage
+
+    bucket = str(workdir).removeprefix("gs://").partition("/")[0]
+    try:
+        storage.Client().get_bucket(bucket)
+        (workdir / LOCK_FILE).write_text(secrets.token_hex())
+    # No credentials, no bucket, no permission, no network: each client raises kinds of its own.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise WorkdirError(
+            f"--workdir={workdir} cannot be used ({reason}); create the bucket, log in (gcloud "
+            "auth application-default login), or have somebody give this account "
+            "storage.objects.* and storage.buckets.get on it"
+        ) from error
+
+
 def check_shared(workdir: epath.Path) -> None:
     """Checks that all processes see the workdir which the primary one has opened.
 
@@ -70,13 +121,6 @@ def check_shared(workdir: epath.Path) -> None:
     lock = workdir / LOCK_FILE
     token = lock.read_text() if lock.exists() else "nothing"
     check_same(f"folder at --workdir={workdir} (it must be shared by all hosts)", token)
-
-
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a small file so that it is there whole or as it was."""
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(text)
-    beside.replace(path)
 
 
 def clear_leftovers(workdir: epath.Path, names: Sequence[str]) -> None:
@@ -152,7 +196,7 @@ class BadImages:
         self._rejected, self._explain = len(rejected), explain
         self._num_images, self._max_fraction = num_images + len(rejected), max_fraction
         self.records: set[int] = set()  # those found bad when they were decoded
-        self._is_writer = is_writer
+        self._file = GrowingFile(self._path) if is_writer else None
         for name, reason in rejected:
             self._name(name, reason)
         self._check()
@@ -170,12 +214,18 @@ class BadImages:
         """
         for record in sorted(set(bad_record[bad_record >= 0].tolist()) - self.records):
             self.records.add(record)
-            if self._is_writer:
+            if self._file:
                 self._name(*self._explain(record))
         self._check()
 
+    def flush(self) -> None:
+        """Returns when the list has every name; before a checkpoint that knows them."""
+        if self._file:
+            self._file.flush()
+
     def _check(self) -> None:
         if too_many_bad(self.count, self._num_images, self._max_fraction):
+            self.flush()
             raise DataError(
                 f"{self.count} of {self._num_images} images cannot be read, more than "
                 f"data.max_bad_fraction={self._max_fraction:g} allows; they are named in "
@@ -184,11 +234,10 @@ class BadImages:
 
     def _name(self, name: str, reason: str) -> None:
         name, reason = (" ".join(text.split()) for text in (name, reason))
-        if name in self._named or not self._is_writer:
+        if name in self._named or not self._file:
             return
         self._named.add(name)
-        with self._path.open("a") as file:
-            file.write(f"{name}\t{reason}\n")
+        self._file.add(f"{name}\t{reason}\n")
 
 
 def is_disk_full(error: BaseException | None) -> bool:

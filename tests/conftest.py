@@ -9,12 +9,16 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 ).strip()
+# gcsfs reads it when it is imported: it would ask Google what kind of bucket the emulator's is.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 import pathlib
 
 import jax
 import pytest
 
+from dinov2_jax.workdir import workdir_path
+from tests import object_store
 from tests.small_run import run
 
 
@@ -43,3 +47,13 @@ def finished(cache, tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("finished")
     assert run(workdir) == 0
     return workdir
+
+
+@pytest.fixture(scope="session")
+def bucket() -> str:
+    """gs://.. of an emulated object store; see `tests.object_store`."""
+    object_store.require()
+    with object_store.emulator() as address, pytest.MonkeyPatch.context() as patch:
+        for name, value in object_store.environment(address).items():
+            patch.setenv(name, value)
+        yield str(workdir_path(f"gs://{object_store.BUCKET}"))

@@ -148,25 +148,26 @@ def test_an_empty_directory_restores_nothing(tmp_path):
 
 @pytest.mark.parametrize("damage", ["state", "host", "array"])
 def test_a_damaged_newest_step_falls_back_to_the_one_before(tmp_path, damage):
-    with Checkpoints(tmp_path, KeepPolicy(last=3)) as checkpoints:
+    directory = tmp_path / "checkpoints"
+    with Checkpoints(directory, KeepPolicy(last=3)) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, _state(step), {"step": step})
     if damage == "array":
-        for path in (tmp_path / "2" / "state" / "d").iterdir():
+        for path in (directory / "2" / "state" / "d").iterdir():
             path.write_bytes(b"")
     else:
-        shutil.rmtree(tmp_path / "2" / damage)
-    (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
+        shutil.rmtree(directory / "2" / damage)
+    (directory / "7.orbax-checkpoint-tmp").mkdir()
     warnings = []
-    with Checkpoints(tmp_path, KeepPolicy(last=3)) as checkpoints:
+    with Checkpoints(directory, KeepPolicy(last=3)) as checkpoints:
         step, state, host = checkpoints.restore_latest(_abstract(), warn=warnings.append)
         assert (step, int(state["n"]), host) == (1, 1, {"step": 1})
         assert len(warnings) == 1 and "checkpoint 2 cannot be read" in warnings[0]
         checkpoints.save(2, _state(5), {"step": "again"})
         checkpoints.wait()
         assert checkpoints.restore_latest(_abstract(), warn=_fail)[2] == {"step": "again"}
-    assert (tmp_path / "unreadable" / "2").is_dir()
-    assert not (tmp_path / "7.orbax-checkpoint-tmp").exists()
+    assert (tmp_path / "checkpoints_unreadable" / "2").is_dir()
+    assert not (directory / "7.orbax-checkpoint-tmp").exists()
 
 
 def test_another_tree_is_an_error_that_names_the_directory(tmp_path):

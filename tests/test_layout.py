@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = (
     ("data", "cost"),
     ("losses", "optim", "models", "convert", "augment", "neighbors", "config_rules", "preprocess"),
-    ("sharding", "config", "hub", "distributed", "signals"),
+    ("sharding", "config", "hub", "distributed", "signals", "storage"),
     ("model", "compiler"),
     ("export",),
     ("train_state",),

@@ -12,7 +12,6 @@ from dinov2_jax.workdir import (
     check_unchanged,
     is_disk_full,
     open_workdir,
-    write_whole,
 )
 
 
@@ -31,12 +30,6 @@ def test_one_below_a_file_cannot_be_written(tmp_path):
     with pytest.raises(WorkdirError, match=r"cannot be written .*choose another"):
         with open_workdir(tmp_path / "file" / "run"):
             pass
-
-
-def test_files_are_replaced_whole(tmp_path):
-    write_whole(tmp_path / "a", "1")
-    write_whole(tmp_path / "a", "2")
-    assert (tmp_path / "a").read_text() == "2" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_changed_or_unreadable_configuration_is_refused(tmp_path):

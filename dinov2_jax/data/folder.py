@@ -1,13 +1,17 @@
 """Image files in a folder, named by a list, or by themselves. Numpy only.
 
-A folder needs no index: every file in it, at any depth, is looked at once. Class folders are
-labels. The order is that of the sorted paths, whatever the file system returns.
+A folder needs no index: every file in it, at any depth, is looked at once; in an object store, only
+its name is. Class folders are labels. The order is that of the sorted paths, whatever the file
+system returns.
 """
 
+import concurrent.futures
+import io
 import os
 
 import numpy as np
 
+from dinov2_jax.data.files import DISK, Disk, Entry, Store
 from dinov2_jax.data.image_ops import IMAGE_SUFFIXES, NUM_SNIFFED_BYTES, image_format
 from dinov2_jax.data.records import (
     BadImage,
@@ -19,22 +23,34 @@ from dinov2_jax.data.records import (
     require_images,
 )
 
+_NUM_FOLDERS_AT_A_TIME = 16
+
 
 class FileSource(Source):
-    """Image files on disk, opened one by one as they are read."""
+    """Image files, opened one by one as they are read."""
 
-    def __init__(self, *, path: str, kind: str, root: str, found: "_Found", labels=None):
+    def __init__(
+        self,
+        *,
+        path: str,
+        kind: str,
+        files: Disk | Store,
+        root: str,
+        found: "_Found",
+        labels: list[str] | None = None,
+    ):
         """Takes over what a scan has found.
 
         Args:
           path, kind: for messages.
+          files: where they are.
           root: folder the found paths are relative to.
           found: the scan's result.
           labels: class name of each image; None: from the class folders.
         """
         self.path, self.kind, self.rejected = path, kind, found.rejected
         self.num_other_files = found.num_other_files
-        self._root = root
+        self._root, self._files = root, files
         self._folders = found.folders
         self._folder_of = np.asarray(found.folder_of, np.int32)
         self._file_names = Strings(found.file_names)
@@ -50,8 +66,7 @@ class FileSource(Source):
     def __getitem__(self, index: int) -> Record:
         name = self.name(index)
         try:
-            with open(name, "rb") as file:
-                image = file.read()
+            image = self._files.read(name)
         except OSError as error:
             raise BadImage(error.strerror or "unreadable") from error
         label = None if self._labels is None else int(self._labels[index])
@@ -62,45 +77,54 @@ class FileSource(Source):
         return os.path.join(self._root, folder, self._file_names[index])
 
 
-def open_folder(path: str) -> Source:
+def open_folder(path: str, files: Disk | Store = DISK) -> Source:
     """Opens all images below a folder.
 
     Symbolic links are followed, but for those that lead back into a folder they lie in; hidden
     files and folders (a leading dot) are left out. A file whose suffix or content says that it is
-    an image is one, or is rejected; all others are only counted.
+    an image is one, or is rejected; all others are only counted. In a store the suffix decides.
 
     Raises:
       DataError: no usable image.
+      OSError: a folder of a store cannot be listed.
     """
     found = _Found()
-    _walk(path, "", found, ())
+    if isinstance(files, Store):
+        _take("", _list_all(files, path), path, found)
+    else:
+        _walk(path, "", found, ())
     return require_images(
-        FileSource(path=path, kind="folder", root=path, found=found), cure=_folder_cure(found)
+        FileSource(path=path, kind="folder", files=files, root=path, found=found),
+        cure=_folder_cure(found),
     )
 
 
-def open_list(path: str) -> Source:
+def open_list(path: str, files: Disk | Store = DISK) -> Source:
     """Opens the images a text file names.
 
     One path a line, relative to the list's folder, then optionally a tab and a class name (on
-    every line or on none). Blank lines and lines that begin with # are left out.
+    every line or on none). Blank lines and lines that begin with # are left out. In a store, an
+    object that is not there is found out when it is read.
 
     Raises:
       DataError: no usable image.
     """
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            lines = [line.rstrip("\r\n") for line in file]
+        content = io.BytesIO(files.read(path))
     except OSError as error:
         raise DataError(f"cannot read the list {path}: {error.strerror}") from error
+    lines = [line.rstrip("\n") for line in io.TextIOWrapper(content, "utf-8", "surrogateescape")]
     root = os.path.dirname(path)
     found, labels, folder_index = _Found(), [], {}
     for line in lines:
         entry, _, label = line.partition("\t")
         if not entry.strip() or entry.lstrip().startswith("#"):
             continue
+        if "://" in entry:
+            found.rejected.append((entry.strip(), "a URL"))
+            continue
         entry = os.path.normpath(entry.strip())
-        reason = _rejection(os.path.join(root, entry))
+        reason = _entry_rejection(root, entry, files)
         if reason:
             found.rejected.append((os.path.join(root, entry), reason))
             continue
@@ -114,12 +138,18 @@ def open_list(path: str) -> Source:
             "write 'path<tab>class' on every line, or a path alone"
         )
     source = FileSource(
-        path=path, kind="list", root=root, found=found, labels=labels if any(labels) else None
+        path=path,
+        kind="list",
+        files=files,
+        root=root,
+        found=found,
+        labels=labels if any(labels) else None,
     )
-    return require_images(source, cure="paths must be relative to the list's folder, or absolute")
+    absolute = "" if isinstance(files, Store) else ", or absolute"
+    return require_images(source, cure=f"paths must be relative to the list's folder{absolute}")
 
 
-def open_files(path: str, files: list[str]) -> Source:
+def open_files(path: str, names: list[str], files: Disk | Store = DISK) -> Source:
     """Opens image files, in the given order; `path` is what named them.
 
     Raises:
@@ -127,13 +157,13 @@ def open_files(path: str, files: list[str]) -> Source:
     """
     found = _Found()
     found.folders = [""]
-    for file in files:
-        reason = _rejection(file)
+    for name in names:
+        reason = None if isinstance(files, Store) else _rejection(name)
         if reason:
-            found.rejected.append((file, reason))
+            found.rejected.append((name, reason))
         else:
-            found.add(0, file)
-    source = FileSource(path=path, kind="file", root="", found=found)
+            found.add(0, name)
+    source = FileSource(path=path, kind="file", files=files, root="", found=found)
     return require_images(source, cure="use a file that holds an image")
 
 
@@ -151,6 +181,11 @@ class _Found:
     def add(self, folder: int, file_name: str) -> None:
         self.folder_of.append(folder)
         self.file_names.append(file_name)
+
+    def add_other(self, path: str) -> None:
+        self.num_other_files += 1
+        if path.endswith(".tar") or ".array_record" in os.path.basename(path):
+            self.shard_example = path
 
 
 def _walk(root: str, folder: str, found: _Found, ancestors: tuple[tuple[int, int], ...]) -> None:
@@ -180,9 +215,48 @@ def _walk(root: str, folder: str, found: _Found, ancestors: tuple[tuple[int, int
         elif entry.name.lower().endswith(IMAGE_SUFFIXES):
             found.rejected.append((entry.path, reason))
         else:
-            found.num_other_files += 1
-            if entry.name.endswith(".tar") or ".array_record" in entry.name:
-                found.shard_example = entry.path
+            found.add_other(entry.path)
+
+
+def _list_all(store: Store, root: str) -> dict[str, list[Entry]]:
+    """The content of a folder of a store and of all below it, many at a time."""
+    listed, level = {}, [""]
+    with concurrent.futures.ThreadPoolExecutor(_NUM_FOLDERS_AT_A_TIME) as pool:
+        while level:
+            urls = [os.path.join(root, folder) for folder in level]
+            listed |= zip(level, pool.map(store.list_folder, urls), strict=True)
+            level = [
+                os.path.join(folder, entry.name)
+                for folder in level
+                for entry in listed[folder]
+                if entry.is_folder and not entry.name.startswith(".")
+            ]
+    return listed
+
+
+def _take(folder: str, listed: dict[str, list[Entry]], root: str, found: _Found) -> None:
+    """Takes over the images of a listing, in the order of `_walk`."""
+    folder_index = len(found.folders)
+    found.folders.append(folder)
+    for entry in listed[folder]:
+        below = os.path.join(folder, entry.name)
+        if entry.name.startswith("."):
+            continue
+        if entry.is_folder:
+            _take(below, listed, root, found)
+        elif not entry.name.lower().endswith(IMAGE_SUFFIXES):
+            found.add_other(os.path.join(root, below))
+        elif not entry.size:
+            found.rejected.append((os.path.join(root, below), "zero bytes"))
+        else:
+            found.add(folder_index, entry.name)
+
+
+def _entry_rejection(root: str, entry: str, files: Disk | Store) -> str | None:
+    """Why a path in a list cannot be an image; None if it can."""
+    if not isinstance(files, Store):
+        return _rejection(os.path.join(root, entry))
+    return "absolute" if os.path.isabs(entry) else None
 
 
 def _rejection(path: str) -> str | None:

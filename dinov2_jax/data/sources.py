@@ -1,10 +1,10 @@
 """The door to all kinds of data: a path in, a `Source` out. Numpy only."""
 
-import glob
 import os
 import re
 
 from dinov2_jax.data.array_record import ArrayRecordSource
+from dinov2_jax.data.files import DISK, Disk, Store
 from dinov2_jax.data.folder import open_files, open_folder, open_list
 from dinov2_jax.data.hub import HuggingFaceSource, TfdsSource
 from dinov2_jax.data.image_ops import IMAGE_SUFFIXES
@@ -28,7 +28,8 @@ def open_source(path: str) -> Source:
     Args:
       path: a folder (searched at any depth), a .txt list, image files, tar shards or ArrayRecord
         files (a glob or a range such as "{000..127}" may name several), "hf:name[/config]:split",
-        "tfds:name:split", "photos:", "photos:left" or "photos:right".
+        "tfds:name:split", "photos:", "photos:left" or "photos:right". All but ArrayRecord files
+        may also be at a URL that fsspec knows, "gs://bucket/folder" for example.
 
     Returns:
       A source with at least one record.
@@ -44,27 +45,42 @@ def open_source(path: str) -> Source:
         return HuggingFaceSource(path.removeprefix("hf:"))
     if path.startswith("tfds:"):
         return TfdsSource(path.removeprefix("tfds:"))
-    path = os.path.expanduser(path)
-    if os.path.isdir(path):
-        return open_folder(path)
-    # A file that is there is meant as it is, whatever brackets its name has.
-    patterns = [glob.escape(path)] if os.path.isfile(path) else _expand_range(path)
-    files = [file for pattern in patterns for file in sorted(glob.glob(pattern, recursive=True))]
-    if files and len(patterns) > 1:
-        files = patterns  # with those that are missing: the source rejects them by name
-    if not files:
+    if "://" not in path:
+        return _open(os.path.expanduser(path), DISK)
+    try:
+        return _open(path.rstrip("/"), Store(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check its access") from error
+
+
+def _open(path: str, files: Disk | Store) -> Source:
+    if files.is_folder(path):
+        return open_folder(path, files)
+    patterns = _expand_range(path)
+    if files.is_file(path):  # meant as it is, whatever brackets its name has
+        found = [path]
+    elif len(patterns) == 1:
+        found = files.glob(path)
+    else:  # with those that are missing: the source rejects them by name
+        found = patterns if any(map(files.glob, patterns)) else []
+    if not found:
         raise DataError(f"nothing found at '{path}'; it must be {_KINDS}")
-    names = [os.path.basename(file) for file in files]
-    if path.endswith(".txt") and len(files) == 1:
-        return open_list(files[0])
+    names = [os.path.basename(file) for file in found]
+    if path.endswith(".txt") and len(found) == 1:
+        return open_list(found[0], files)
     if all(name.lower().endswith(IMAGE_SUFFIXES) for name in names):
-        return open_files(path, files)
+        return open_files(path, found, files)
     if all(".array_record" in name or ".arrayrecord" in name for name in names):
-        return ArrayRecordSource(path, files)
+        if isinstance(files, Store):
+            raise DataError(
+                f"{path}: ArrayRecord files are read from disks only; copy them to every host, or "
+                "use tar shards"
+            )
+        return ArrayRecordSource(path, found)
     if all(name.endswith(".tar") or ".tar." in name or name.endswith(".tgz") for name in names):
-        return TarSource(path, files)
+        return TarSource(path, found, files)
     raise DataError(
-        f"{files[0]} at '{path}' is of no known kind (or kinds are mixed); it must be {_KINDS}"
+        f"{found[0]} at '{path}' is of no known kind (or kinds are mixed); it must be {_KINDS}"
     )
 
 

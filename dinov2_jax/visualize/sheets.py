@@ -15,6 +15,8 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
+from dinov2_jax.storage import write_whole
+
 BACKGROUND, INK, FAINT = (255, 255, 255), (30, 30, 30), (110, 110, 110)
 GAP_PX, MARGIN_PX = 4, 16
 TEXT_PX, TITLE_PX, LINE_PX = 13, 18, 17
@@ -107,9 +109,7 @@ def save(sheet: Sheet, path: epath.PathLike) -> None:
     """
     path = checked_target(path)
     data = png(sheet.draw()) if path.suffix == ".png" else sheet.to_html().encode()
-    beside_it = path.with_name(f"{path.name}.tmp")
-    beside_it.write_bytes(data)
-    beside_it.replace(path)
+    write_whole(path, data)
 
 
 def checked_target(path: epath.PathLike) -> epath.Path:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dinov2_jax.data.records import DataError
 from dinov2_jax.data.sources import open_source
-from dinov2_jax.data.tar import Member, members
+from dinov2_jax.data.tar_index import Member, members
 from tests.data.conftest import encode, make_image
 
 IMAGES = [encode(make_image(i)) for i in range(4)]
