@@ -33,7 +33,8 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     # A folder (recursive), a .txt list, tar shards ("shards/*.tar"), ArrayRecord files
-    # ("x.array_record*"), "hf:name[/config]:split", "tfds:name:split" or "photos:".
+    # ("x.array_record*"), "hf:name[/config]:split", "tfds:name:split" or "photos:". The first three
+    # may be at a URL as well, "gs://bucket/folder": docs/object_stores.md.
     config.data.path = ""
     config.data.mixture = ()  # instead of path: ((path, weight), ...); weights need not sum to 1
     # Share of unreadable images above which the run stops; unless it is 0, one never does.
