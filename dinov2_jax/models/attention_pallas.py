@@ -36,6 +36,11 @@ def fits(n: int, d: int, num_heads: int, itemsize: int = 2) -> bool:
     return plan.vmem_bytes(itemsize) <= pltpu.get_tpu_info().vmem_capacity_bytes
 
 
+def grid_steps(b: int, n: int, d: int, hd: int) -> int:
+    """Grid steps of each kernel, for tokens `[b, n, d]` and heads of width `hd`, padded."""
+    return math.prod(_Plan(b, n, 3 * d, hd).grid)
+
+
 def self_attention(qkv: jax.Array, *, num_heads: int, interpret: bool = False) -> jax.Array:
     """Scaled dot-product attention of every token to every token of its image.
 

@@ -1,0 +1,152 @@
+"""What the TPU compiler says of attention, drop path and remat, without a TPU (extra `tpu`).
+
+Milliseconds are the compiler's cycles over the clock: those it states for fusions and copies, and
+for kernels the bundles of their final schedule, once per grid step. No hardware ran.
+
+    python benchmarks/tpu_schedule.py attention [--topology v5e:2x2] [--tokens 257 --images 32]
+    python benchmarks/tpu_schedule.py drop_path
+    python benchmarks/tpu_schedule.py remat
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dinov2_jax.cost.topology import open_topology
+from dinov2_jax.models.attention import attend, split_heads
+from dinov2_jax.models.attention_pallas import grid_steps, self_attention
+from dinov2_jax.models.drop_path import DropPath, add_residual
+from dinov2_jax.models.vit import VARIANTS, VisionTransformer
+from dinov2_jax.sharding import BATCH_AXES, make_mesh, shard_rows
+
+
+def compile_for(topology, num_devices: int, function, *arguments: jax.ShapeDtypeStruct):
+    """Compiles with every argument cut over the devices, or replicated if it has one axis."""
+    mesh = make_mesh(devices=topology.devices[:num_devices])
+
+    def place(x):
+        spec = PartitionSpec(BATCH_AXES if len(x.shape) > 2 else None)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        return jax.jit(function).lower(*jax.tree.map(place, arguments)).compile()
+
+
+def visible_ms(compiled, topology) -> float:
+    """Fusions and copies, each once."""
+    cycles = re.findall(r'"estimated_cycles":"(\d+)"', compiled.as_text())
+    return 1e3 * sum(map(int, cycles)) / topology.chip.clock_hz
+
+
+def attention(flags, topology) -> None:
+    d, heads = flags.width, flags.width // 64
+
+    def plain(qkv):
+        x = attend(*split_heads(qkv, heads))
+        return x.swapaxes(1, 2).reshape(*qkv.shape[:2], d)
+
+    def fused(qkv):
+        return self_attention(qkv, num_heads=heads)
+
+    for name, function in (("xla", plain), ("pallas", fused)):
+
+        def both(qkv, grad, function=function):
+            out, vjp = jax.vjp(function, qkv)
+            return out, vjp(grad)
+
+        sizes = ((flags.images, flags.tokens, width) for width in (3 * d, d))
+        arguments = (jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes)
+        compiled = compile_for(topology, 1, both, *arguments)
+        temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        ms = visible_ms(compiled, topology)
+        print(f"{name}: fusions and copies {ms:.2f} ms, temporary {temporary:.0f} MiB", flush=True)
+
+
+def kernels(flags, topology) -> None:
+    """Compiles the kernels again in a process that writes their schedules out."""
+    with tempfile.TemporaryDirectory() as folder:
+        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        command = [sys.executable, *sys.argv, "--no_kernels"]
+        environment = os.environ | {"LIBTPU_INIT_ARGS": dump}
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        for path in pathlib.Path(folder).glob("*attention_*schedule-analysis_final_bundles.txt"):
+            name = re.search(r"attention_[a-z]+", path.name)[0]
+            bundles = int(re.search(r"total scheduled bundles:\s+(\d+)", path.read_text())[1])
+            steps = grid_steps(flags.images, flags.tokens, flags.width, 64)
+            ms = 1e3 * bundles * steps / topology.chip.clock_hz
+            print(f"{name}: {bundles} bundles x {steps} grid steps = {ms:.2f} ms")
+
+
+def drop_path(flags, topology) -> None:
+    x = jax.ShapeDtypeStruct((128, 257, 1024), jnp.bfloat16)
+    gamma = jax.ShapeDtypeStruct((1024,), jnp.float32)
+    for form in ("gather", "matmul"):
+        drop = DropPath(0.4, "subset", len(topology.devices), form)
+
+        def both(x, gamma, grad, drop=drop):
+            def run(x, gamma):
+                residual = add_residual(
+                    x, lambda kept: kept * gamma, drop_path=drop, make_key=lambda: jax.random.key(0)
+                )
+                return shard_rows(residual)
+
+            out, vjp = jax.vjp(run, x, gamma)
+            return out, jax.tree.map(lambda g: shard_rows(g) if g.ndim > 2 else g, vjp(grad))
+
+        compiled = compile_for(topology, len(topology.devices), both, x, gamma, x)
+        found = re.findall(r"= (\S+?)\{\S* (all-\w+|collective-\w+)\(", compiled.as_text())
+        print(f"{form}: {visible_ms(compiled, topology):.2f} ms a device, collectives: {found}")
+
+
+def remat(flags, topology) -> None:
+    for implementation in ("xla", "pallas"):
+        for policy in ("none", "dots", "blocks"):
+            backbone = VisionTransformer(
+                **VARIANTS["vit_small"],
+                patch_size=14,
+                dtype=jnp.bfloat16,
+                remat=policy,
+                attention=implementation,
+            )
+            images = jax.ShapeDtypeStruct((64, 224, 224, 3), jnp.bfloat16)
+            key = jax.eval_shape(lambda: jax.random.key(0))
+            params = jax.eval_shape(backbone.init, key, images)
+
+            def loss(params, images, backbone=backbone):
+                return backbone.apply(params, images).patches.astype(jnp.float32).sum()
+
+            mesh = make_mesh(devices=topology.devices[:1])
+            replicated = NamedSharding(mesh, PartitionSpec())
+            with jax.set_mesh(mesh):
+                lowered = jax.jit(jax.grad(loss), in_shardings=replicated).lower(params, images)
+                compiled = lowered.compile()
+            temporary = compiled.memory_analysis().temp_size_in_bytes >> 20
+            runs = compiled.as_text().count('custom_call_target="tpu_custom_call"')
+            print(f"{implementation} {policy}: {temporary} MiB, {runs} kernels", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("attention", "drop_path", "remat"))
+    parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--tokens", type=int, default=257)
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--no_kernels", action="store_true", help="without their schedules")
+    flags = parser.parse_args()
+    topology = open_topology(flags.topology)
+    {"attention": attention, "drop_path": drop_path, "remat": remat}[flags.what](flags, topology)
+    if flags.what == "attention" and not flags.no_kernels:
+        kernels(flags, topology)
+
+
+if __name__ == "__main__":
+    main()
