@@ -1,0 +1,68 @@
+"""Evaluates frozen features: `python -m dinov2_jax.evals TASK --model M --data D --out O`.
+
+The same command again goes on where it was interrupted, and shows what is done. Exit codes: 0
+done, 1 the disk is full, 2 wrong input, 130 interrupted (Ctrl-C).
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from dinov2_jax.evals.command import make_parser, run_task
+from dinov2_jax.evals.task import Task
+from dinov2_jax.evals.tasks import TASKS
+from dinov2_jax.workdir import is_disk_full
+
+DISK_FULL, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; what is wrong is one line on stderr. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_overview())
+            return 0
+        run_task(make_parser(find_task(argv[0])).parse_args(argv[1:]))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        text = " ".join(str(error).split())
+        if is_disk_full(error):
+            print(f"error: {text}; free space, and the same command goes on", file=sys.stderr)
+            return DISK_FULL
+        print(f"error: {text}", file=sys.stderr)
+        return WRONG_INPUT
+    return 0
+
+
+def find_task(name: str) -> Task:
+    """A task by name.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if name not in TASKS:
+        nearest = difflib.get_close_matches(name, TASKS, n=1)
+        cure = f"did you mean {nearest[0]}?" if nearest else "--help says what each does"
+        raise ValueError(f"{name!r} must be one of {', '.join(TASKS)}; {cure}")
+    return importlib.import_module(f"dinov2_jax.evals.tasks.{name}").TASK
+
+
+def _overview() -> str:
+    lines = [f"  {name:13}{summary}" for name, summary in TASKS.items()]
+    return "\n".join(
+        [
+            "usage: python -m dinov2_jax.evals TASK --model M --data D --out O",
+            "",
+            *lines,
+            "",
+            "TASK --help shows what D must hold, and all flags.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Splits of a labelled data set: `train`, `val` and `test` beside each other, in any storage."""
+
+import argparse
+import glob
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from dinov2_jax.data.records import DataError, Source
+from dinov2_jax.data.sources import open_source
+
+LAYOUT = (
+    "a folder with train/ and val/ (or test/), each with a folder of images per class; or "
+    "train.tar, train-*.tar, train.txt or train.array_record* and so on; or hf:NAME, tfds:NAME"
+)
+_PATTERNS = ("{}", "{}.tar", "{}-*.tar", "{}_*.tar", "{}.txt", "{}.array_record*")
+
+
+def find_split(data: str, names: Sequence[str]) -> str:
+    """Where the first of `names` that exists lies: what `data.sources.open_source` takes.
+
+    Raises:
+      DataError: none of them is there.
+    """
+    if data.startswith(("hf:", "tfds:")):
+        return f"{data}:{names[0]}"
+    data = os.path.expanduser(data)
+    for name in names:
+        for pattern in _PATTERNS:
+            path = os.path.join(data, pattern.format(name))
+            if os.path.exists(path) or ("*" in path and glob.glob(path)):
+                return path
+    raise DataError(f"{data} holds no split {' or '.join(names)}; expected: {LAYOUT}")
+
+
+def open_split(data: str, names: Sequence[str]) -> Source:
+    """Opens `find_split`."""
+    return open_source(find_split(data, names))
+
+
+def labels_like(
+    labels: np.ndarray, *, label_names: Sequence[str], of: Sequence[str], at: str
+) -> np.ndarray:
+    """Labels of one split in the numbering of another: classes are matched by name.
+
+    Args:
+      labels: integers `[rows]`, indices into `label_names`.
+      label_names: of the split.
+      of: class names of the other.
+      at: the split in words.
+
+    Raises:
+      DataError: a class of the split is not among those of the other.
+    """
+    number = {name: i for i, name in enumerate(of)}
+    unknown = [name for name in label_names if name not in number]
+    if unknown:
+        raise DataError(
+            f"classes {unknown[:5]} of {at} are not among the {len(of)} of the training split; "
+            "both must have the same class names"
+        )
+    return np.array([number[name] for name in label_names], np.int32)[labels]
+
+
+def add_crop_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of tasks on whole images: which split is tested, and the size of its images."""
+    parser.add_argument(
+        "--split", metavar="NAME", help="tested; default: val, or test where there is no val"
+    )
+    parser.add_argument(
+        "--resize", type=int, metavar="PX", help="short side; default: the model's (256)"
+    )
+    parser.add_argument(
+        "--crop", type=int, metavar="PX", help="side of the centred crop; default: the model's"
+    )
+
+
+def tested(flags: argparse.Namespace) -> tuple[str, ...]:
+    """Names of the split that `add_crop_flags` asks for, the preferred first."""
+    return (flags.split,) if flags.split else ("val", "test", "validation")

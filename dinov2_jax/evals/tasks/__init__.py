@@ -1,0 +1,5 @@
+"""The tasks by name. Each is a file here, imported when it is asked for."""
+
+TASKS = {
+    "knn": "weighted k-nearest neighbours, also with few labels",
+}
