@@ -155,12 +155,7 @@ class Loop:
         word = self.exchange.say(fed.host.bad_record)
         self._pending.append(_Dispatched(self.step, metrics, hyper, word))
         if self.step < self.rhythm.total:
-            try:
-                self.feed.peek()
-            except Exception:
-                # A signal to the whole process group (Ctrl-C) ends the data workers as well.
-                if self.exchange.signals.received is None:
-                    raise
+            self.feed.peek()
         # One step stays in flight, so that the device never waits for the books.
         self._settle(1)
         self.display.advance(self.step)
