@@ -22,6 +22,8 @@ LEVELS = (
     ("train_state",),
     ("objective",),
     (
+        "goodput",
+        "speed",
         "train_step",
         "checkpoints",
         "flags",

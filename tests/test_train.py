@@ -103,7 +103,9 @@ def test_metrics_have_every_name_and_add_up(finished):
         dino_ce_over_log_k ibot_ce_over_log_k teacher_entropy student_entropy prototypes_in_use
         feature_std feature_rank grad_norm/backbone grad_norm/dino_head grad_norm/ibot_head
         learning_rate last_layer_learning_rate weight_decay teacher_momentum teacher_temp
-        images_per_sec step_secs data_wait_share bad_images nonfinite_steps collapse_warning"""
+        images_per_sec images_per_sec_per_chip tflops_per_chip step_secs data_wait_share goodput
+        secs/init secs/compile secs/step secs/data_wait secs/checkpoint secs/evaluate secs/lost
+        bad_images nonfinite_steps collapse_warning"""
     config = written_config(finished)
     for line in logs:
         assert set(line) == set(names.split())
