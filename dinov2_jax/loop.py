@@ -177,7 +177,11 @@ class Loop:
         if self.step == first:
             self._settle(0)
             folder = self._tracing.enter_context(made_locally(self.workdir / "profile"))
-            self._tracing.enter_context(jax.profiler.trace(str(folder)))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = (
+                0  # every call of the decoding threads would drown the step
+            )
+            self._tracing.enter_context(jax.profiler.trace(str(folder), profiler_options=options))
             self._is_tracing = True
         elif self.step >= last:
             self._stop_trace()

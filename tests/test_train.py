@@ -58,7 +58,8 @@ def test_a_run_leaves_a_workdir_that_explains_itself_and_no_key_is_unread(
     for name in ("crops.png", "pca.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.width > 100
-    assert list((tmp_path / "tensorboard").iterdir()) and list((tmp_path / "profile").rglob("*.pb"))
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert_is_trace_of(tmp_path / "profile", steps=[2, 3])
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 8, 12]
     assert written_config(tmp_path)["total_steps"] == 12
     start_entry = json.loads((tmp_path / "environment.json").read_text())["starts"][0]
@@ -85,6 +86,17 @@ def test_a_run_leaves_a_workdir_that_explains_itself_and_no_key_is_unread(
     inputs.build_evaluation(config, trainer)
     unread = set(config_lib.flatten_config(config._config)) - read
     assert unread == set()
+
+
+def assert_is_trace_of(folder: pathlib.Path, steps: list[int]):
+    """That xprof can read the trace, which has these steps and the scopes of their program."""
+    (file,) = folder.glob("plugins/profile/*/*.xplane.pb")  # where xprof looks
+    planes = {plane.name: plane for plane in jax.profiler.ProfileData.from_file(str(file)).planes}
+    events = [event for line in planes["/host:CPU"].lines for event in line.events]
+    found = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
+    assert found == steps
+    for scope in ("augment", "teacher", "targets/sinkhorn_knopp", "student", "optimizer", "ema"):
+        assert f"jit(train_step)/{scope}/".encode() in file.read_bytes(), scope
 
 
 def _quickstart(**overrides):
