@@ -129,6 +129,9 @@ def test_metrics_have_every_name_and_add_up(finished):
         assert line["total_loss"] == pytest.approx(weighted, rel=1e-6)
         assert line["images_per_sec"] > 0 and 0 <= line["data_wait_share"] <= 1
         assert (line["collapse_warning"], line["nonfinite_steps"], line["bad_images"]) == (0, 0, 0)
+    explained = (config_lib.REPOSITORY / "docs" / "metrics.md").read_text()
+    mfus = {"model_mfu", "executed_mfu"}  # there are none on a CPU
+    assert not [name for name in {*names.split(), *mfus} - {"step"} if f"`{name}`" not in explained]
     baselines = {"chance", "raw_pixels", "color_stats", "random_init_cls"}
     assert {f"knn/photos/{name}" for name in baselines} <= set(evals[0])
     assert logs[-1]["total_loss"] < logs[0]["total_loss"]
