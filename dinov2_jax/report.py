@@ -76,10 +76,11 @@ def sharding_lines(params: Mapping) -> list[str]:
     ways = collections.defaultdict(dict)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         ways[str(leaf.sharding.spec)]["/".join(path_names(path))] = leaf
+    sizes = {way: sum(4 * leaf.size for leaf in leaves.values()) for way, leaves in ways.items()}
     lines = []
-    for leaves in ways.values():
-        name, leaf = max(leaves.items(), key=lambda item: math.prod(item[1].shape))
-        size = megabytes(sum(4 * math.prod(other.shape) for other in leaves.values()))
+    for way in sorted(ways, key=sizes.get, reverse=True):
+        leaves, size = ways[way], megabytes(sizes[way])
+        name, leaf = max(leaves.items(), key=lambda item: item[1].size)
         count = f"{len(leaves)} array{'s' * (len(leaves) > 1)}"
         largest = f"the largest {name} {list(leaf.shape)}"
         lines.append(f"{_cut(leaf.sharding.spec)}: {count}, {size}, {largest}")

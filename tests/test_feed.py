@@ -38,7 +38,7 @@ class _Device:
         self.is_done = threading.Event()
 
     def block_until_ready(self):
-        self.is_done.wait()
+        assert self.is_done.wait(60)
 
 
 class _Clock:
