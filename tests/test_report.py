@@ -38,7 +38,7 @@ def test_the_table_counts_parameters_bytes_and_images():
     assert f"state {report.megabytes(4 * 4 * (550_000 / 4 + 2_516 + 240_000 / 8) + 8)}" in table
     ways = [line.strip() for line in table.splitlines()[-4:]]
     assert ways == [
-        "shards           axis 0 over fsdp: 1 array, 2 MB, the largest backbone/w [1000, 500]",
+        "shards            axis 0 over fsdp: 1 array, 2 MB, the largest backbone/w [1000, 500]",
         "axis 0 over model x fsdp: 1 array, 0.96 MB, the largest dino_head/last_layer/weight_v "
         "[600, 400]",
         "axis 1 over fsdp: 1 array, 0.2 MB, the largest backbone/v [100, 500]",
