@@ -75,18 +75,27 @@ def entry_argv(entry: Mapping[str, Any], *, flags: argparse.Namespace, name: str
     """The command line of an entry: its data lie in the suite's folder, its keys are flags.
 
     True stands for a flag without a value, False and None for one that is left out, a list for
-    several values.
+    several values, a dictionary for the flag once with each NAME=VALUE. In texts `{data}` and
+    `{out}` are the suite's folders.
     """
+
+    def text(value: Any) -> str:
+        return str(value).replace("{data}", flags.data).replace("{out}", str(flags.out))
+
     data = entry["data"]
     if not data.startswith(("hf:", "tfds:")):
         data = os.path.join(flags.data, data)
     argv = ["--data", data, "--model", flags.model, "--out", str(flags.out / name)]
     argv += ["--cache", str(flags.cache or flags.out / "features")]
     for key, value in entry.items():
+        flag = f"--{key.replace('_', '-')}"
         if key in _OWN or value is None or value is False:
             continue
-        values = value if isinstance(value, (list, tuple)) else [value]
-        argv += [f"--{key.replace('_', '-')}", *(str(x) for x in values if x is not True)]
+        if isinstance(value, Mapping):
+            argv += [word for name, x in value.items() for word in (flag, f"{name}={text(x)}")]
+        else:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            argv += [flag, *(text(x) for x in values if x is not True)]
     return argv
 
 

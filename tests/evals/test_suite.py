@@ -111,6 +111,18 @@ def test_a_wrong_file_is_known_before_anything_runs(write, entries, message):
     assert not RUNS
 
 
+def test_values_become_words():
+    flags = argparse.Namespace(model="m", data="d", out=pathlib.Path("o"), cache=None)
+    entry = {"task": "depth", "data": "hf:x", "some_sizes": [1, 2], "on": True, "off": False}
+    entry |= {"head": "{out}/nyu/head", "test": {"v2": "{data}/v2", "real": "r.json"}}
+    argv = entry_argv(entry, flags=flags, name="e")
+    assert argv[:8] == ["--data", "hf:x", "--model", "m", "--out", "o/e", "--cache", "o/features"]
+    assert argv[8:] == [
+        *("--some-sizes", "1", "2", "--on", "--head", "o/nyu/head"),
+        *("--test", "v2=d/v2", "--test", "real=r.json"),
+    ]
+
+
 def test_a_name_that_none_has(write):
     with pytest.raises(ConfigError, match=r"--only zebra must match a name of .*; none does"):
         run_suite([*write(ENTRIES), "--only", "zebra"], find_task=stand_in)
