@@ -8,7 +8,7 @@ runs some; entries whose data are missing are named and left out.
 """
 
 _FURTHER = {
-    "imagenet_real": "{data}/imagenet_real.json:real",
+    "imagenet_real": "{data}/imagenet_real.json:label_sets",
     "imagenet_v2": "{data}/imagenet_v2",
     "imagenet_a": "{data}/imagenet_a",
     "imagenet_r": "{data}/imagenet_r",
