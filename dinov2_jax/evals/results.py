@@ -29,7 +29,8 @@ class Result:
 
     Attributes:
       metrics: by name, in the paper's unit.
-      headline: those of the table, in its order.
+      headline: those of the table, in its order. One that is named "DATASET/METRIC" is of another
+        data set than the record's, as where one probe is tested on several.
       protocol: every setting that was decided while it ran, such as sizes and chosen grid points.
       counts: of images, classes, queries.
       details: anything else of interest, JSON: per class, per grid point.
@@ -79,16 +80,18 @@ def rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for record in records:
         for name in record["headline"]:
+            dataset, _, metric = name.rpartition("/")
+            dataset = dataset or record["dataset"]
             found.append(
                 {
-                    "dataset": record["dataset"],
+                    "dataset": dataset,
                     "task": record["task"],
-                    "metric": name,
+                    "metric": metric,
                     "value": record["metrics"][name],
                     "paper": paper_number(
-                        dataset=record["dataset"],
+                        dataset=dataset,
                         task=record["task"],
-                        metric=name,
+                        metric=metric,
                         model=record["model"],
                     ),
                     "model": record["model"]["name"],
