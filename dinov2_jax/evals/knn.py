@@ -4,7 +4,7 @@ Behaviour follows dinov2/eval/knn.py (Apache-2.0): the weights are a softmax ove
 neighbours, of which the first k then vote. Here the number retrieved is an argument of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -55,6 +55,7 @@ def knn_ranking(
     num_neighbors: Sequence[int],
     temperature: float = 0.07,
     num_ranks: int = 5,
+    search: Callable[..., tuple[np.ndarray, np.ndarray]] = nearest_neighbors,
 ) -> dict[int, np.ndarray]:
     """The classes with the most votes, for every k of `num_neighbors`.
 
@@ -65,6 +66,7 @@ def knn_ranking(
       num_neighbors: the numbers of voters k; the largest of them is retrieved.
       temperature: of the softmax over similarities.
       num_ranks: classes kept of each query.
+      search: `nearest_neighbors`, or what takes queries, bank and k and gives the same.
 
     Returns:
       int32 `[q, num_ranks]` by k, best first; of equals, and without any vote, the lowest number
@@ -74,7 +76,7 @@ def knn_ranking(
       ValueError: see `nearest_neighbors`; or labels and features differ in number.
     """
     _check_labels("bank", bank_features, bank_labels)
-    similarities, rows = nearest_neighbors(query_features, bank_features, k=max(num_neighbors))
+    similarities, rows = search(query_features, bank_features, k=max(num_neighbors))
     neighbor_labels = np.asarray(bank_labels)[rows]
     num_classes = int(np.max(bank_labels)) + 1
     at_once = max(_VOTES_AT_ONCE // (num_classes * len(num_neighbors)), 1)

@@ -95,12 +95,19 @@ def rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                         model=record["model"],
                     ),
                     "model": record["model"]["name"],
-                    "images": sum(record["counts"].get(key, 0) for key in ("train", "test")),
+                    "images": _num_images(record["counts"], name),
                     "seed": record["seed"],
                     "seconds": record["seconds"],
                 }
             )
     return found
+
+
+def _num_images(counts: Mapping[str, int], name: str) -> int:
+    dataset, is_other, _ = name.rpartition("/")
+    if is_other:
+        return counts.get(f"{dataset}/images", 0)
+    return sum(counts.get(key, 0) for key in ("train", "test"))
 
 
 def to_markdown(found: Sequence[Mapping[str, Any]]) -> str:

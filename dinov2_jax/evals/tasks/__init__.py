@@ -2,4 +2,5 @@
 
 TASKS = {
     "knn": "weighted k-nearest neighbours, also with few labels",
+    "linear": "the grid of linear classifiers, also judged on further sets",
 }
