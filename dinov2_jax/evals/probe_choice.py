@@ -17,7 +17,7 @@ def choose(
     columns: Columns,
     rates: Sequence[float],
 ) -> tuple[dict[str, float | None], tuple[int, int]]:
-    """The classifier that is right most often; of equals the first, of those that have not diverged.
+    """The classifier that is right most often; of equals the first. Diverged ones do not count.
 
     Args:
       params: of a `ProbeState`.
