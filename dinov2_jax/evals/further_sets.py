@@ -172,9 +172,7 @@ def read_label_sets(path: str, features: FeatureSet, *, num_classes: int) -> lis
         found = dict(zip(sorted(files), found, strict=True))
     missing = [name for name in files if name not in found]
     if missing:
-        raise DataError(
-            f"{path} has no labels for {missing[:3]}; an image without has an empty list"
-        )
+        raise DataError(f"{path} must have a list, empty or not, for each image; not {missing[:3]}")
     sets = [frozenset(found[name]) for name in files]
     wrong = sorted({label for labels in sets for label in labels} - set(range(num_classes)))
     if wrong:
