@@ -25,8 +25,8 @@ _ROWS_AT_ONCE = 1024
 
 
 def what_for(num_layers: int) -> str:
-    """What to extract for a probe of so many layers."""
-    return f"layers={num_layers}"
+    """What to extract for a probe of so many layers; with CLS, so that it serves k-NN too."""
+    return f"cls,layers={num_layers}"
 
 
 def probe_features(arrays: Mapping[str, np.ndarray], rows=slice(None)) -> np.ndarray:

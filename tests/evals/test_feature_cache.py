@@ -41,6 +41,21 @@ def test_another_question_has_a_folder_of_its_own(model, colors, tmp_path):
     assert sorted(names) == ["test_cls", "val_cls", "val_cls", "val_cls", "val_mean"]
 
 
+def test_features_that_hold_more_will_do(model, colors, tmp_path, computed):
+    source = open_source(str(colors / "val"))
+    more = cached_features(model, source, tmp_path, what="cls,layers=2", quiet=True)
+    cls = cached_features(model, source, tmp_path, quiet=True)
+    layers = cached_features(model, source, tmp_path, what="layers=2", quiet=True)
+    assert computed == [12]
+    np.testing.assert_array_equal(cls["cls"][:], more["cls"][:])
+    np.testing.assert_array_equal(layers["layers_cls"][:], more["layers_cls"][:])
+    # Not of other layers, other sizes or other images.
+    cached_features(model, source, tmp_path, what="layers=1", quiet=True)
+    cached_features(model, source, tmp_path, crop_size_px=8, quiet=True)
+    cached_features(model, str(colors / "test"), tmp_path, quiet=True)
+    assert computed == [12, 12, 12, 12]
+
+
 def test_a_killed_run_goes_on(model, colors, tmp_path, computed, monkeypatch):
     """As kill -9 would: the second shard is never put in its place."""
 

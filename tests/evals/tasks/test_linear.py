@@ -42,7 +42,9 @@ def test_the_best_of_the_grid(arguments, colors, model, tmp_path):
     # The file has the best one, in the released layout.
     flat, facts = read_safetensors(tmp_path / "out" / "classifier.safetensors")
     assert json.loads(facts["classes"]) == ["blue", "green", "red"]
-    val = cached_features(model, str(colors / "val"), tmp_path / "c", what="layers=3", quiet=True)
+    val = cached_features(
+        model, str(colors / "val"), tmp_path / "c", what="cls,layers=3", quiet=True
+    )
     start = 32 if protocol["classifier"].startswith("cls1") else 0
     features = probe_features(val.arrays)[:, start : start + flat["weight"].shape[1]]
     predicted = (features @ flat["weight"].T + flat["bias"]).argmax(axis=1)
