@@ -90,7 +90,7 @@ def run_task(flags: argparse.Namespace, *, model: Model | None = None) -> dict[s
       ValueError, OSError: wrong input; or the folder holds the result of another request.
     """
     distributed.initialize(flags.distributed)
-    say = print if distributed.is_primary() else lambda *_: None
+    say = print if distributed.is_primary() else lambda *_, **__: None
     model = model or load_model(flags)
     sha256 = weights_sha256(model.params)
     request = _request(flags, model, sha256)

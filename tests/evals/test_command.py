@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from dinov2_jax import distributed
 from dinov2_jax.config import REPOSITORY
 from dinov2_jax.evals import __main__ as program
 from dinov2_jax.evals.__main__ import find_task, main
@@ -72,6 +73,15 @@ def test_pixels_of_another_patch_are_another_request(arguments, capsys):
     assert main([*arguments, "--model=pixels:8"]) == 0
     assert main([*arguments, "--model=pixels:16"]) == 2
     assert "custom/8" in capsys.readouterr().err
+
+
+def test_other_processes_than_the_first_say_and_write_nothing(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(distributed, "is_primary", lambda: False)
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["features"]
 
 
 def test_a_damaged_record_is_named(arguments, tmp_path, capsys):
