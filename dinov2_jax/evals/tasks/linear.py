@@ -113,6 +113,12 @@ def run(run: Run) -> Result:
         num_rates=len(rates),
         num_classes=len(train.label_names),
     )
+    num_weights = sum(x.size for x in jax.tree.leaves(start.params))
+    run.say(
+        f"{len(variants) * len(rates)} classifiers of {len(train.label_names)} classes: "
+        f"{num_weights:,} weights, {8 * num_weights / 2**20:,.0f} MiB with their momentum on each "
+        f"device; {flags.iterations:,} x {flags.probe_batch_size:,} images"
+    )
     settings = {
         "iterations": flags.iterations,
         "batch_size": flags.probe_batch_size,

@@ -25,8 +25,11 @@ def read(tmp_path):
     return json.loads((tmp_path / "out" / "result.json").read_text())
 
 
-def test_the_best_of_the_grid(arguments, colors, model, tmp_path):
+def test_the_best_of_the_grid(arguments, colors, model, tmp_path, capsys):
     assert main(["linear", *arguments, *FAST]) == 0
+    # Columns: 16, 32, 48 and 64; a bias each; two rates and three classes.
+    num_weights = (16 + 32 + 48 + 64 + 4) * 2 * 3
+    assert f"8 classifiers of 3 classes: {num_weights} weights" in capsys.readouterr().out
     record = read(tmp_path)
     grid = record["details"]["grid"]
     assert set(grid) == {
