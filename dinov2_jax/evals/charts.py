@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
-from dinov2_jax.evals.scores import per_class_accuracy
+from dinov2_jax.evals.scores import confusion_counts, per_class_accuracy
 from dinov2_jax.visualize.sheets import (
     BACKGROUND,
     FAINT,
@@ -22,22 +22,39 @@ from dinov2_jax.visualize.sheets import (
 
 CONFUSION_FILE, BARS_FILE = "confusion.png", "per_class.png"
 MAX_NAMED = 60  # classes; of more, the matrix has no names and the bars are the best and worst
+MAX_DRAWN = 1000  # classes of a matrix, a pixel each
 _MATRIX_PX, _BAR_PX, _NAME_PX = 720, 420, 190
 _RIGHT, _WRONG = np.array([38, 110, 70]), np.array([190, 60, 30])
 
 
 def write_class_charts(
-    out: pathlib.Path, confusion: np.ndarray, names: Sequence[str], *, title: str
+    out: pathlib.Path,
+    predicted: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    *,
+    title: str,
 ) -> None:
-    """Writes `CONFUSION_FILE` and `BARS_FILE` into a folder.
+    """Writes `BARS_FILE`, and of at most `MAX_DRAWN` classes `CONFUSION_FILE`, into a folder.
 
     Args:
       out: the folder; made where it is not there.
-      confusion: counts `[classes, classes]`, rows are labels.
+      predicted: classes `[rows]`.
+      labels: of them.
       names: of the classes.
       title: of both charts.
     """
     out.mkdir(parents=True, exist_ok=True)
+    accuracy, counts = per_class_accuracy(predicted, labels, len(names))
+    bars = Sheet(
+        title=f"{title}: per class",
+        caption="Share right of each class, and its number of images. The line is the mean.",
+        cells=[Cell(draw_bars(accuracy, counts, names))],
+    )
+    save(bars, epath.Path(out / BARS_FILE))
+    if len(names) > MAX_DRAWN:
+        return
+    confusion = confusion_counts(predicted, labels, len(names))
     matrix = Sheet(
         title=f"{title}: confusion",
         caption=(
@@ -47,12 +64,6 @@ def write_class_charts(
         cells=[Cell(draw_confusion(confusion, names))],
     )
     save(matrix, epath.Path(out / CONFUSION_FILE))
-    bars = Sheet(
-        title=f"{title}: per class",
-        caption="Share right of each class, and its number of images. The line is the mean.",
-        cells=[Cell(draw_bars(confusion, names))],
-    )
-    save(bars, epath.Path(out / BARS_FILE))
 
 
 def draw_confusion(confusion: np.ndarray, names: Sequence[str]) -> Image.Image:
@@ -76,9 +87,14 @@ def draw_confusion(confusion: np.ndarray, names: Sequence[str]) -> Image.Image:
     return canvas
 
 
-def draw_bars(confusion: np.ndarray, names: Sequence[str]) -> Image.Image:
-    """A bar for each class, the best first; of more than `MAX_NAMED` the best and the worst."""
-    accuracy, counts = per_class_accuracy(confusion), confusion.sum(axis=1)
+def draw_bars(accuracy: np.ndarray, counts: np.ndarray, names: Sequence[str]) -> Image.Image:
+    """A bar for each class with images, the best first; of many the best and the worst.
+
+    Args:
+      accuracy: share right `[classes]`.
+      counts: images `[classes]`.
+      names: of the classes; beyond `MAX_NAMED` those in the middle are left out.
+    """
     order = [i for i in np.argsort(-accuracy, kind="stable") if counts[i]]
     shown = order
     if len(order) > MAX_NAMED:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from dinov2_jax.evals.charts import write_class_charts
-from dinov2_jax.evals.scores import confusion_counts, per_class_accuracy
+from dinov2_jax.evals.scores import per_class_accuracy
 from dinov2_jax.evals.task import Run
 
 
@@ -25,19 +25,21 @@ def report_classes(
       `per_class`: per cent right by class name; `confusions`: how often "this -> is taken for
       that", the commonest first.
     """
-    confusion = confusion_counts(predicted, labels, len(names))
     if run.is_primary:
         title = f"{run.flags.task.name} of {run.model.name or 'the model'}"
-        write_class_charts(run.out, confusion, names, title=title)
-    return class_details(confusion, names)
+        write_class_charts(run.out, predicted, labels, names, title=title)
+    return class_details(predicted, labels, names)
 
 
-def class_details(confusion: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+def class_details(
+    predicted: np.ndarray, labels: np.ndarray, names: Sequence[str]
+) -> dict[str, Any]:
     """The details of `report_classes`; classes without images have none."""
-    accuracy = per_class_accuracy(confusion)
-    wrong = confusion * ~np.eye(len(confusion), dtype=bool)
-    rows, columns = np.nonzero(wrong)
-    order = np.argsort(-wrong[rows, columns], kind="stable")
+    accuracy, _ = per_class_accuracy(predicted, labels, len(names))
+    is_wrong = predicted != labels
+    pairs = np.stack([labels, predicted], axis=1)[is_wrong]
+    pairs, counts = np.unique(pairs, axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
     return {
         "per_class": {
             name: 100 * float(share)
@@ -45,7 +47,7 @@ def class_details(confusion: np.ndarray, names: Sequence[str]) -> dict[str, Any]
             if np.isfinite(share)
         },
         "confusions": {
-            f"{names[i]} -> {names[j]}": int(wrong[i, j])
-            for i, j in zip(rows[order], columns[order], strict=True)
+            f"{names[i]} -> {names[j]}": int(count)
+            for (i, j), count in zip(pairs[order], counts[order], strict=True)
         },
     }

@@ -49,15 +49,18 @@ def confusion_counts(predicted: np.ndarray, labels: np.ndarray, num_classes: int
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def per_class_accuracy(confusion: np.ndarray) -> np.ndarray:
-    """Share right of each class `[classes]`; NaN for one without images."""
-    counts = confusion.sum(axis=1)
-    return np.where(counts > 0, np.diag(confusion) / np.maximum(counts, 1), np.nan)
+def per_class_accuracy(
+    predicted: np.ndarray, labels: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Share right `[classes]` (NaN for a class without images), and images `[classes]`."""
+    counts = np.bincount(labels, minlength=num_classes)
+    hits = np.bincount(labels[predicted == labels], minlength=num_classes)
+    return np.where(counts > 0, hits / np.maximum(counts, 1), np.nan), counts
 
 
-def mean_per_class(confusion: np.ndarray) -> float:
+def mean_per_class(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> float:
     """Mean over the classes that have images of the share of their images that is right."""
-    return float(np.nanmean(per_class_accuracy(confusion)))
+    return float(np.nanmean(per_class_accuracy(predicted, labels, num_classes)[0]))
 
 
 def label_set_accuracy(

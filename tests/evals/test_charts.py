@@ -7,6 +7,7 @@ from PIL import Image
 from dinov2_jax.evals.charts import (
     BARS_FILE,
     CONFUSION_FILE,
+    MAX_DRAWN,
     MAX_NAMED,
     draw_bars,
     draw_confusion,
@@ -34,18 +35,15 @@ def test_many_classes_have_no_names():
 
 @pytest.mark.parametrize(("count", "rows"), [(3, 2), (MAX_NAMED + 20, MAX_NAMED)])
 def test_a_bar_for_each_class_with_images(count, rows):
-    confusion = np.diag(np.arange(count) % 5 + 1)
-    if count == 3:
-        confusion[1, 1] = 0
-    names = [
-        f"a class with a name that is much too long to be shown whole {i}" for i in range(count)
-    ]
-    image = draw_bars(confusion, names)
-    assert image.height == rows * (draw_bars(np.eye(1, dtype=int), ["x"]).height)
+    counts = np.arange(count) % 5 + 1
+    counts[1] = 0 if count == 3 else 1
+    names = [f"a name that is much too long to be shown whole {i}" for i in range(count)]
+    image = draw_bars(np.where(counts, 0.5, np.nan), counts, names)
+    assert image.height == rows * draw_bars(np.ones(1), np.ones(1, int), ["x"]).height
 
 
 def test_longer_bars_are_better():
-    pixels = np.asarray(draw_bars(np.array([[1, 3], [0, 4]]), ["a", "b"])).astype(int)
+    pixels = np.asarray(draw_bars(np.array([0.25, 1]), np.array([4, 4]), ["a", "b"])).astype(int)
     is_bar = (pixels[..., 1] - pixels[..., 0] > 40) & (pixels[..., 1] < 160)
     height = len(pixels) // 2
     best, worst = is_bar[height // 2].sum(), is_bar[height + height // 2].sum()
@@ -53,7 +51,14 @@ def test_longer_bars_are_better():
 
 
 def test_files(tmp_path):
-    write_class_charts(tmp_path / "out", np.eye(3, dtype=int), ["a", "b", "c"], title="knn")
+    labels = np.arange(3)
+    write_class_charts(tmp_path / "out", labels, labels, ["a", "b", "c"], title="knn")
     for name in (CONFUSION_FILE, BARS_FILE):
         with Image.open(tmp_path / "out" / name) as image:
             assert image.format == "PNG"
+
+
+def test_of_very_many_classes_there_is_no_matrix(tmp_path):
+    labels = np.arange(MAX_DRAWN + 1)
+    write_class_charts(tmp_path, labels, labels, [str(i) for i in labels], title="knn")
+    assert [path.name for path in tmp_path.iterdir()] == [BARS_FILE]

@@ -44,13 +44,16 @@ def test_confusion_and_means_are_scikit_learns(case):
     predicted = table.argmax(axis=1)
     confusion = confusion_counts(predicted, labels, 7)
     np.testing.assert_array_equal(confusion, confusion_matrix(labels, predicted))
-    assert mean_per_class(confusion) == pytest.approx(balanced_accuracy_score(labels, predicted))
+    expected = balanced_accuracy_score(labels, predicted)
+    assert mean_per_class(predicted, labels, 7) == pytest.approx(expected)
 
 
 def test_a_class_without_images_does_not_count():
-    confusion = np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]])
-    np.testing.assert_array_equal(per_class_accuracy(confusion), [0.75, 1, np.nan])
-    assert mean_per_class(confusion) == pytest.approx((0.75 + 1) / 2)
+    predicted, labels = np.array([0, 0, 0, 1, 1, 1]), np.array([0, 0, 0, 0, 1, 1])
+    accuracy, counts = per_class_accuracy(predicted, labels, 3)
+    np.testing.assert_array_equal(accuracy, [0.75, 1, np.nan])
+    np.testing.assert_array_equal(counts, [4, 2, 0])
+    assert mean_per_class(predicted, labels, 3) == pytest.approx((0.75 + 1) / 2)
 
 
 def test_label_sets():

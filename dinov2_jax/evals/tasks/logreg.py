@@ -19,7 +19,6 @@ from dinov2_jax.evals.paper import metric_of
 from dinov2_jax.evals.results import Result
 from dinov2_jax.evals.scores import (
     average_precision_11_point,
-    confusion_counts,
     mean_average_precision_11_point,
     mean_per_class,
     top_classes,
@@ -231,11 +230,10 @@ def _metrics(scores: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     if targets.ndim == 2:
         return {"map_11_point": 100 * mean_average_precision_11_point(scores, targets)}
     ranked = top_classes(scores, 5)
-    confusion = confusion_counts(ranked[:, 0], targets, scores.shape[1])
     return {
         "top1": 100 * top_k_accuracy(ranked, targets, 1),
         "top5": 100 * top_k_accuracy(ranked, targets, 5),
-        "mean_per_class": 100 * mean_per_class(confusion),
+        "mean_per_class": 100 * mean_per_class(ranked[:, 0], targets, scores.shape[1]),
     }
 
 
