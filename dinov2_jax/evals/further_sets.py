@@ -68,8 +68,14 @@ def parse_set(text: str) -> FurtherSet:
     return FurtherSet(name, stem, kind) if kind in KINDS else FurtherSet(name, path, KINDS[0])
 
 
-def parse_sets(sets: Sequence[str], classes: Sequence[str]) -> list[FurtherSet]:
-    """Reads all of `--test`, and of `--classes NAME=FILE`.
+def located(path: str, *, data: str) -> str:
+    """Where a path leads: a relative one starts at the data set's folder."""
+    is_elsewhere = path.startswith(("hf:", "tfds:", "~")) or "://" in path
+    return os.path.expanduser(path if is_elsewhere else os.path.join(data, path))
+
+
+def parse_sets(sets: Sequence[str], classes: Sequence[str], *, data: str) -> list[FurtherSet]:
+    """Reads all of `--test`, and of `--classes NAME=FILE`; their paths are `located`.
 
     Raises:
       ValueError: see `parse_set`; a name twice, or classes of a set that is not there.
@@ -82,7 +88,11 @@ def parse_sets(sets: Sequence[str], classes: Sequence[str]) -> list[FurtherSet]:
             f"--test must name each set once, and --classes must be NAME=FILE of one of them; "
             f"{names=}, {classes=}"
         )
-    return [dataclasses.replace(each, classes=files.get(each.name)) for each in found]
+    files = {name: located(path, data=data) for name, path in files.items()}
+    return [
+        FurtherSet(each.name, located(each.path, data=data), each.kind, files.get(each.name))
+        for each in found
+    ]
 
 
 def training_classes(
@@ -102,7 +112,7 @@ def training_classes(
     """
     wanted = {name: name for name in names}
     if file is not None:
-        lines = pathlib.Path(file).expanduser().read_text().splitlines()
+        lines = pathlib.Path(file).read_text().splitlines()
         pairs = [line.split("\t") for line in lines if line.strip()]
         wanted = {pair[0].strip(): pair[-1].strip() for pair in pairs}
     number = {str(i): i for i in range(len(of))} | {name: i for i, name in enumerate(of)}
@@ -155,7 +165,6 @@ def read_label_sets(path: str, features: FeatureSet, *, num_classes: int) -> lis
     Raises:
       DataError: the file is not JSON, of another number of images, or names other classes.
     """
-    path = os.path.expanduser(path)
     try:
         found = json.loads(pathlib.Path(path).read_text())
     except ValueError as error:
@@ -205,7 +214,7 @@ def judge_corruptions(
     Raises:
       DataError: the folder has another layout, or a corruption that `alexnet` lacks.
     """
-    root = pathlib.Path(path).expanduser()
+    root = pathlib.Path(path)
     folders = sorted(child for child in root.iterdir() if child.is_dir())
     severities = {
         folder.name: sorted((f for f in folder.iterdir() if f.name.isdecimal()), key=_number)

@@ -113,6 +113,7 @@ def test_layouts_that_are_wrong(arguments, tmp_path, capsys):
         (["xyz"], "--help says what each does"),
         (["knn"], "the following arguments are required: --model, --data, --out; --help"),
         (["knn", "--batch-size=x"], "'x' must be a whole number, at least 1"),
+        (["knn", "--model=a", "--data=b", "--out=c", "--distributed=on"], "nothing says where the"),
         (["knn", "--neighbors=0"], "'0' must be a whole number, at least 1"),
     ],
 )

@@ -48,10 +48,14 @@ def test_parse_errors():
     for text in ("v2", "=x", "v2=", "a/b=x"):
         with pytest.raises(ValueError, match="must be NAME=PATH or NAME=PATH:KIND"):
             parse_set(text)
-    assert parse_sets(["a=x"], ["a=f.txt"]) == [FurtherSet("a", "x", "images", "f.txt")]
+    assert parse_sets(["a=x", "b=hf:c:d", "c=/e"], ["a=../f.txt"], data="/data") == [
+        FurtherSet("a", "/data/x", "images", "/data/../f.txt"),
+        FurtherSet("b", "hf:c:d", "images"),
+        FurtherSet("c", "/e", "images"),
+    ]
     for sets, classes in ((["a=x", "a=y"], []), (["a=x"], ["b=f"]), (["a=x"], ["a"])):
         with pytest.raises(ValueError, match="--test must name each set once"):
-            parse_sets(sets, classes)
+            parse_sets(sets, classes, data="/data")
 
 
 def test_classes_by_name_and_by_file(tmp_path):

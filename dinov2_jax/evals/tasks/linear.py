@@ -1,11 +1,12 @@
 """Linear probe: `python -m dinov2_jax.evals linear`. Protocol: the paper's B.3, eval/linear.py."""
 
 import argparse
+import functools
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,9 +19,12 @@ from dinov2_jax.evals.command import positive
 from dinov2_jax.evals.further_sets import LAYOUT as SETS_LAYOUT
 from dinov2_jax.evals.further_sets import (
     Found,
+    FurtherSet,
+    Score,
     judge_corruptions,
     judge_images,
     judge_label_sets,
+    located,
     parse_sets,
 )
 from dinov2_jax.evals.linear_probe import (
@@ -69,14 +73,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--save-every", type=positive, default=1250, help="iterations a killed run may lose")
     add(
         "--test",
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=PATH[:KIND]",
-        help=f"judge the best classifier on another set too, any number of times; {SETS_LAYOUT}",
+        help=f"judge the best on other sets too; relative paths start at --data; {SETS_LAYOUT}",
     )
     add(
         "--classes",
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=FILE",
         help="of the set NAME: its classes, one a line; behind a tab the training class's name or "
@@ -88,37 +94,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(run: Run) -> Result:
     """Trains the grid, takes the best on the tested split, and judges it on the further sets."""
     flags = run.flags
-    further = parse_sets(flags.test, flags.classes)
-    alexnet = _alexnet_errors(flags.alexnet_errors)
+    further = parse_sets(flags.test, flags.classes, data=run.data)
+    alexnet = _alexnet_errors(flags.alexnet_errors, data=run.data)
     rates = _rates(flags)
     layers = _layers(flags.layers, run.model.spec.depth, run.say)
     variants = tuple(Variant(n, has_mean) for n in layers for has_mean in (False, True))
-    what = what_for(max(layers))
-    sizes = {"resize_size_px": flags.resize, "crop_size_px": flags.crop}
+    embed = functools.partial(
+        run.features,
+        what=what_for(max(layers)),
+        resize_size_px=flags.resize,
+        crop_size_px=flags.crop,
+    )
     train = open_split(run.data, ("train",))
-    require_classes(len(train.label_names), at=f"train of {run.data}", layout=LAYOUT)
-    val = run.features(open_split(run.data, tested(flags)), what=what, **sizes)
-    val_labels = labels_like(
+    names = train.label_names
+    require_classes(len(names), at=f"train of {run.data}", layout=LAYOUT)
+    val = embed(open_split(run.data, tested(flags)))
+    labels = labels_like(
         require_labels(val, at=f"the tested split of {run.data}", layout=LAYOUT),
         label_names=val.label_names,
-        of=train.label_names,
+        of=names,
         at="the tested split",
     )
     columns = _columns(val)
-    batches, num_train = _batches(run, train, what, max(layers), sizes)
-    start = init_probe(
-        jax.random.key(run.seed),
-        variants,
-        columns=columns,
-        num_rates=len(rates),
-        num_classes=len(train.label_names),
-    )
-    num_weights = sum(x.size for x in jax.tree.leaves(start.params))
-    run.say(
-        f"{len(variants) * len(rates)} classifiers of {len(train.label_names)} classes: "
-        f"{num_weights:,} weights, {8 * num_weights / 2**20:,.0f} MiB with their momentum on each "
-        f"device; {flags.iterations:,} x {flags.probe_batch_size:,} images"
-    )
+    batches, num_train = _batches(run, train, embed, max(layers))
     settings = {
         "iterations": flags.iterations,
         "batch_size": flags.probe_batch_size,
@@ -128,6 +126,54 @@ def run(run: Run) -> Result:
         "augment": flags.augment,
         "features_sha256": _features_sha256(val, train, num_train),
     }
+    params = _train(run, batches, variants, columns, rates, len(names), settings)
+    grid, (i, j) = choose(
+        params, probe_pieces(val), labels, variants=variants, columns=columns, rates=rates
+    )
+    best = params[variants[i].name]
+
+    def score(features: FeatureSet) -> np.ndarray:
+        return logits_of(best, j, probe_pieces(features), seen=columns.of(variants[i]))
+
+    if run.is_primary:
+        _save_classifier(run.out / CLASSIFIER_FILE, best, j, names)
+    ranked = top_classes(score(val), 5)
+    metrics = {f"top{k}": 100 * top_k_accuracy(ranked, labels, k) for k in (1, 5)}
+    headline = ["top1"]
+    counts = {"train": num_train, "test": len(val), "classes": len(names)}
+    details = {"grid": grid, **report_classes(run, ranked[:, 0], labels, names)}
+    for each in further:
+        found = _judge(each, score, val, names, embed, alexnet)
+        metrics |= {f"{each.name}/{name}": value for name, value in found.metrics.items()}
+        headline += [f"{each.name}/{name}" for name in found.headline]
+        counts |= {f"{each.name}/{name}": value for name, value in found.counts.items()}
+        details |= {each.name: found.details} if found.details else {}
+    chosen = {"classifier": variants[i].name, "learning_rate": rates[j]}
+    return Result(
+        metrics=metrics,
+        headline=headline,
+        protocol={**chosen, **settings, **image_sizes(val.index)},
+        counts=counts,
+        details=details,
+    )
+
+
+def _train(run, batches, variants, columns, rates, num_classes: int, settings) -> Any:
+    """The classifiers at the end of the schedule, on the host."""
+    flags = run.flags
+    start = init_probe(
+        jax.random.key(run.seed),
+        variants,
+        columns=columns,
+        num_rates=len(rates),
+        num_classes=num_classes,
+    )
+    num_weights = sum(x.size for x in jax.tree.leaves(start.params))
+    run.say(
+        f"{len(variants) * len(rates)} classifiers of {num_classes} classes: "
+        f"{num_weights:,} weights, {8 * num_weights / 2**20:,.0f} MiB with their momentum on each "
+        f"device; {flags.iterations:,} x {flags.probe_batch_size:,} images"
+    )
     state = train_probe(
         start,
         batches,
@@ -142,43 +188,7 @@ def run(run: Run) -> Result:
         anew=flags.force,
         is_primary=run.is_primary,
     )
-    params = jax.device_get(state.params)
-    grid, best = choose(
-        params,
-        probe_pieces(val),
-        val_labels,
-        variants=variants,
-        columns=columns,
-        rates=rates,
-    )
-    variant, rate = variants[best[0]], rates[best[1]]
-
-    def score(features: FeatureSet) -> np.ndarray:
-        seen = columns.of(variant)
-        return logits_of(params[variant.name], best[1], probe_pieces(features), seen=seen)
-
-    if run.is_primary:
-        _save_classifier(run.out / CLASSIFIER_FILE, params[variant.name], best[1], train)
-    ranked = top_classes(score(val), 5)
-    metrics = {f"top{k}": 100 * top_k_accuracy(ranked, val_labels, k) for k in (1, 5)}
-    headline = ["top1"]
-    counts = {"train": num_train, "test": len(val), "classes": len(train.label_names)}
-    details = report_classes(run, ranked[:, 0], val_labels, train.label_names)
-    details = {"grid": grid, **details}
-    for each in further:
-        found = _judge(run, each, score, val, train, what, sizes, alexnet)
-        metrics |= {f"{each.name}/{name}": value for name, value in found.metrics.items()}
-        headline += [f"{each.name}/{name}" for name in found.headline]
-        counts |= {f"{each.name}/{name}": value for name, value in found.counts.items()}
-        details |= {each.name: found.details} if found.details else {}
-    chosen = {"classifier": variant.name, "learning_rate": rate}
-    return Result(
-        metrics=metrics,
-        headline=headline,
-        protocol={**chosen, **settings, **image_sizes(val.index)},
-        counts=counts,
-        details=details,
-    )
+    return jax.device_get(state.params)
 
 
 def _rates(flags: argparse.Namespace) -> tuple[float, ...]:
@@ -209,18 +219,19 @@ def _columns(features: FeatureSet) -> Columns:
     return Columns(num_layers, cls_dim, arrays["layers_mean"]["shape"][-1])
 
 
-def _batches(run: Run, train: Source, what: str, num_layers: int, sizes: Mapping[str, Any]):
+def _batches(run: Run, train: Source, embed, num_layers: int):
     """What to train on, and of how many images."""
-    if not run.flags.augment:
-        features = run.features(train, what=what, **sizes)
+    flags = run.flags
+    if not flags.augment:
+        features = embed(train)
         labels = require_labels(features, at=f"train of {run.data}", layout=LAYOUT)
         return CachedBatches(features, labels, seed=run.seed), len(features)
-    crop_size_px = run.model.sizes(**sizes, crop=True)["crop_size_px"]
+    sizes = dict(resize_size_px=flags.resize, crop_size_px=flags.crop, crop=True)
     batches = AugmentedBatches(
         run.model,
         train,
         num_layers=num_layers,
-        crop_size_px=crop_size_px,
+        crop_size_px=run.model.sizes(**sizes)["crop_size_px"],
         per_device_batch_size=run.batch_size,
         num_threads=run.num_threads or min(os.cpu_count() or 1, 16),
         seed=run.seed,
@@ -239,28 +250,26 @@ def _features_sha256(val: FeatureSet, train: Source, num_train: int) -> str:
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
 
 
-def _save_classifier(path: pathlib.Path, classifiers, rate: int, train: Source) -> None:
+def _save_classifier(path: pathlib.Path, classifiers, rate: int, names: Sequence[str]) -> None:
     """In the layout of the released classifiers."""
     weight = np.ascontiguousarray(classifiers["kernel"][:, rate].T)
-    facts = {"classes": json.dumps(list(train.label_names))}
+    facts = {"classes": json.dumps(list(names))}
     write_safetensors(path, {"weight": weight, "bias": classifiers["bias"][rate]}, facts)
 
 
-def _alexnet_errors(path: str | None) -> dict[str, float]:
-    given = json.loads(pathlib.Path(path).expanduser().read_text()) if path else {}
+def _alexnet_errors(path: str | None, *, data: str) -> dict[str, float]:
+    given = json.loads(pathlib.Path(located(path, data=data)).read_text()) if path else {}
     return {**ALEXNET_ERROR, **given}
 
 
-def _judge(run: Run, each, score, val, train, what, sizes, alexnet) -> Found:
-    of, kind = train.label_names, each.kind
-    if kind == "label_sets":
-        return judge_label_sets(val, score, path=each.path, num_classes=len(of))
+def _judge(each: FurtherSet, score: Score, val: FeatureSet, names, embed, alexnet) -> Found:
+    if each.kind == "label_sets":
+        return judge_label_sets(val, score, path=each.path, num_classes=len(names))
 
     def judge(path: str, at: str) -> Found:
-        features = run.features(os.path.expanduser(path), what=what, **sizes)
-        return judge_images(features, score, of=of, at=at, file=each.classes)
+        return judge_images(embed(path), score, of=names, at=at, file=each.classes)
 
-    if kind == "images":
+    if each.kind == "images":
         return judge(each.path, each.name)
     return judge_corruptions(
         each.path, lambda path, at: 1 - judge(path, at).metrics["top1"] / 100, alexnet=alexnet

@@ -83,8 +83,7 @@ def test_further_sets_without_training_again(arguments, colors, tmp_path, capsys
     labels = {f"{i}.png": [0, 1, 2] for i in range(4)}
     (tmp_path / "real.json").write_text(json.dumps(labels))
     sets = [
-        f"--test=two={tmp_path}/two",
-        f"--test=fog={tmp_path}/c:corruptions",
+        *("--test", f"two={tmp_path}/two", f"fog={tmp_path}/c:corruptions"),
         f"--test=real={tmp_path}/real.json:label_sets",
     ]
     assert main(["linear", *arguments, *FAST, *sets]) == 2
