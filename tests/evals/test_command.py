@@ -1,5 +1,6 @@
 """The command around a task: help, errors, done results shown, others refused."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from dinov2_jax.config import REPOSITORY
 from dinov2_jax.evals import __main__ as program
 from dinov2_jax.evals.__main__ import find_task, main
 from dinov2_jax.evals.command import make_parser, positive
-from dinov2_jax.evals.tasks import TASKS
+from dinov2_jax.evals.tasks import TASKS, knn
 from tests.evals.conftest import write_images
 
 
@@ -32,19 +33,13 @@ def test_a_result_that_is_there_is_shown_and_not_made_again(
     assert record["model"]["weights_sha256"] and record["peak_rss_mib"] > 0
     assert record["dataset"].startswith("colors")
 
-    task = find_task("knn")
-    object.__setattr__(task, "run", lambda _: 1 / 0)
-    try:
-        assert main([*arguments, "--batch-size=7", "--threads=1"]) == 0
-        shown = capsys.readouterr().out
-        assert "has this result already; --force makes it again" in shown
-        assert shown.splitlines()[-1] == said.splitlines()[-1]
-        with pytest.raises(ZeroDivisionError):
-            main([*arguments, "--force"])
-    finally:
-        from dinov2_jax.evals.tasks import knn
-
-        object.__setattr__(task, "run", knn.run)
+    monkeypatch.setattr(knn, "TASK", dataclasses.replace(knn.TASK, run=lambda _: 1 / 0))
+    assert main([*arguments, "--batch-size=7", "--threads=1"]) == 0
+    shown = capsys.readouterr().out
+    assert "has this result already; --force makes it again" in shown
+    assert shown.splitlines()[-1] == said.splitlines()[-1]
+    with pytest.raises(ZeroDivisionError):
+        main([*arguments, "--force"])
 
 
 @pytest.mark.parametrize(
