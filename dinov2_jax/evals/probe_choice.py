@@ -1,6 +1,6 @@
 """The best of a trained grid, and its logits."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,15 +50,13 @@ def choose(
 
 
 def logits_of(
-    classifiers: Mapping[str, np.ndarray], rate: int, pieces: Iterable[np.ndarray], *, seen: slice
+    kernel: np.ndarray, bias: np.ndarray, pieces: Iterable[np.ndarray], *, seen: slice
 ) -> np.ndarray:
     """Logits `[rows, classes]` of one classifier.
 
     Args:
-      classifiers: of its variant: `kernel [d, l, c]` and `bias [l, c]`.
-      rate: index of its learning rate.
+      kernel, bias: `[d, c]` and `[c]`.
       pieces: features `[rows, width]`, piece by piece.
-      seen: columns of its variant.
+      seen: the d columns that it sees.
     """
-    kernel, bias = classifiers["kernel"][:, rate], classifiers["bias"][rate]
     return np.concatenate([features[:, seen] @ kernel + bias for features in pieces])

@@ -52,7 +52,6 @@ def test_one_that_diverged_is_never_the_best():
 
 
 def test_logits_of_one():
-    tree = make_params()["cls1_mean"]
-    tree["bias"][1] = [0, 0.5]
-    found = logits_of(tree, 1, iter([FEATURES[:1], FEATURES[1:]]), seen=slice(0, 3))
-    np.testing.assert_array_equal(found, [[1, 0.5], [0, 1.5], [5, 1.5]])
+    kernel, bias = np.array([[1, 0], [2, 3]]), np.array([0, 0.5])
+    found = logits_of(kernel, bias, iter([FEATURES[:1], FEATURES[1:]]), seen=slice(1, 3))
+    np.testing.assert_array_equal(found, [[0, 0.5], [1, 0.5], [11, 15.5]])
