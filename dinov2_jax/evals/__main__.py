@@ -9,6 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from dinov2_jax.distributed import HostError
 from dinov2_jax.evals.command import make_parser, run_task
 from dinov2_jax.evals.suite import run_suite
 from dinov2_jax.evals.task import Task
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, HostError) as error:
         text = " ".join(str(error).split())
         if is_disk_full(error):
             print(f"error: {text}; free space, and the same command goes on", file=sys.stderr)

@@ -90,10 +90,10 @@ def run_task(flags: argparse.Namespace, *, model: Model | None = None) -> dict[s
       ValueError, OSError: wrong input; or the folder holds the result of another request.
     """
     distributed.initialize(flags.distributed)
-    say = print if distributed.is_primary() else lambda *_: None
+    say = print if distributed.is_primary() else lambda *_, **__: None
     model = model or load_model(flags)
     sha256 = weights_sha256(model.params)
-    request = _request(flags, sha256)
+    request = _request(flags, model, sha256)
     record = None if flags.force else read_record(flags.out)
     if record is not None:
         _check_same(flags.out, record["request"], request)
@@ -157,13 +157,15 @@ def _make(flags, model: Model, sha256: str, request: dict[str, Any], say) -> dic
     }
 
 
-def _request(flags: argparse.Namespace, sha256: str) -> dict[str, Any]:
+def _request(flags: argparse.Namespace, model: Model, sha256: str) -> dict[str, Any]:
     asked = {
         name: value if isinstance(value, (int, float, bool, list, type(None))) else str(value)
         for name, value in vars(flags).items()
         if name not in _FREE_FLAGS and name != "model"
     }
-    return {"task": flags.task.name, "weights_sha256": sha256, **asked}
+    # Pixels of any patch size have the same weights, none: the record tells them apart.
+    network = {"network": model.spec.describe(), "weights_sha256": sha256}
+    return {"task": flags.task.name, **network, **asked}
 
 
 def _check_same(out: pathlib.Path, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from dinov2_jax import distributed
@@ -11,6 +12,7 @@ from dinov2_jax.data.records import Source
 from dinov2_jax.data.sources import open_source
 from dinov2_jax.features.extract import extract
 from dinov2_jax.features.index import names_sha256, weights_sha256
+from dinov2_jax.features.outputs import Outputs, parse_what
 from dinov2_jax.features.read import FeatureSet, read
 from dinov2_jax.model import Model
 
@@ -33,6 +35,8 @@ def cached_features(
 ) -> FeatureSet:
     """Features of every image of a source; what is in the cache is not computed again.
 
+    Features that hold more than is asked for will do: those of a linear probe serve k-NN.
+
     Several processes share the work where the caller has initialised `jax.distributed`; `cache`
     is then a folder that all of them see.
 
@@ -54,11 +58,16 @@ def cached_features(
         "dtype": model.dtype.name,
         "uneven": model.uneven,
         "source": [source.path, len(source), names_sha256(source)],
-        "what": what,
         "norm": norm,
         "sizes": sizes,
     }
-    folder = cache / _folder_name(source, what, key)
+    outputs = _outputs(what, key["model"])
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    digest = digest[:_KEY_CHARACTERS]
+    more = _find_more(cache, digest, outputs)
+    if more is not None:
+        return more
+    folder = cache / f"{_word(pathlib.Path(source.path).name)[-40:]}_{_word(what)}_{digest}"
     extract(
         model,
         source,
@@ -76,8 +85,23 @@ def cached_features(
     return read(folder)
 
 
-def _folder_name(source: Source, what: str, key: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    stem = "".join(c if c.isalnum() else "-" for c in pathlib.Path(source.path).name)[-40:]
-    tokens = "".join(c if c.isalnum() else "-" for c in what)
-    return f"{stem}_{tokens}_{digest[:_KEY_CHARACTERS]}"
+def _find_more(cache: pathlib.Path, digest: str, outputs: Outputs) -> FeatureSet | None:
+    """Complete features, of the same images by the same model, of these outputs and others."""
+    for folder in sorted(cache.glob(f"*_{digest}")):
+        try:
+            found = read(folder)
+        except ValueError:  # not complete
+            continue
+        kept = _outputs(found.index["what"], found.index["model"])
+        if kept != outputs and kept.covers(outputs):
+            return found
+    return None
+
+
+def _outputs(what: str, spec: Mapping[str, Any]) -> Outputs:
+    sizes = {name: spec[name] for name in ("depth", "num_register_tokens")}
+    return parse_what(what, **sizes)
+
+
+def _word(text: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in text)

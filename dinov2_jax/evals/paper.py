@@ -86,3 +86,8 @@ def paper_number(*, dataset: str, task: str, metric: str, model: Mapping[str, An
         return None
     numbers = NUMBERS.get((dataset, task, metric))
     return numbers and numbers[VARIANTS.index(model["variant"])]
+
+
+def metric_of(*, dataset: str, task: str) -> str | None:
+    """The metric that the paper reports for a data set in a task; None where it has none."""
+    return next((name for at, of, name in NUMBERS if (at, of) == (dataset, task)), None)

@@ -29,7 +29,8 @@ class Result:
 
     Attributes:
       metrics: by name, in the paper's unit.
-      headline: those of the table, in its order.
+      headline: those of the table, in its order. One that is named "DATASET/METRIC" is of another
+        data set than the record's, as where one probe is tested on several.
       protocol: every setting that was decided while it ran, such as sizes and chosen grid points.
       counts: of images, classes, queries.
       details: anything else of interest, JSON: per class, per grid point.
@@ -79,25 +80,34 @@ def rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for record in records:
         for name in record["headline"]:
+            dataset, _, metric = name.rpartition("/")
+            dataset = dataset or record["dataset"]
             found.append(
                 {
-                    "dataset": record["dataset"],
+                    "dataset": dataset,
                     "task": record["task"],
-                    "metric": name,
+                    "metric": metric,
                     "value": record["metrics"][name],
                     "paper": paper_number(
-                        dataset=record["dataset"],
+                        dataset=dataset,
                         task=record["task"],
-                        metric=name,
+                        metric=metric,
                         model=record["model"],
                     ),
                     "model": record["model"]["name"],
-                    "images": sum(record["counts"].get(key, 0) for key in ("train", "test")),
+                    "images": _num_images(record["counts"], name),
                     "seed": record["seed"],
                     "seconds": record["seconds"],
                 }
             )
     return found
+
+
+def _num_images(counts: Mapping[str, int], name: str) -> int:
+    dataset, is_other, _ = name.rpartition("/")
+    if is_other:
+        return counts.get(f"{dataset}/images", 0)
+    return sum(counts.get(key, 0) for key in ("train", "test"))
 
 
 def to_markdown(found: Sequence[Mapping[str, Any]]) -> str:

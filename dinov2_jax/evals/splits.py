@@ -3,7 +3,8 @@
 import argparse
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -79,3 +80,8 @@ def add_crop_flags(parser: argparse.ArgumentParser) -> None:
 def tested(flags: argparse.Namespace) -> tuple[str, ...]:
     """Names of the split that `add_crop_flags` asks for, the preferred first."""
     return (flags.split,) if flags.split else ("val", "test", "validation")
+
+
+def image_sizes(index: Mapping[str, Any]) -> dict[str, int | None]:
+    """What size the images had, for the record; `index` is that of their features."""
+    return {key: index[key] for key in ("resize_size_px", "crop_size_px")}

@@ -127,7 +127,7 @@ def run_suite(argv: Sequence[str], *, find_task: Callable[[str], Task]) -> list[
             raise ConfigError(f"{flags.config}: {name}: {error}") from error
     if not parsed:
         raise ConfigError(f"--only {flags.only} must match a name of {flags.config}; none does")
-    say = print if distributed.is_primary() else lambda *_: None
+    say = print if distributed.is_primary() else lambda *_, **__: None
     models: dict[tuple, Model] = {}
     failures = []
     for number, (name, entry_flags) in enumerate(parsed.items(), 1):

@@ -97,8 +97,13 @@ def require_labels(features: FeatureSet, *, at: str, layout: str) -> np.ndarray:
       ValueError: it has none, or a single class; the message shows the layout expected.
     """
     classes = 0 if features.labels is None else len(np.unique(features.labels))
-    if classes < 2:
-        raise ValueError(
-            f"{at} must hold images of two or more classes, found {classes}; expected: {layout}"
-        )
+    require_classes(classes, at=at, layout=layout)
     return features.labels
+
+
+def require_classes(count: int, *, at: str, layout: str) -> None:
+    """Raises ValueError, showing the layout expected, for fewer than two classes."""
+    if count < 2:
+        raise ValueError(
+            f"{at} must hold images of two or more classes, found {count}; expected: {layout}"
+        )

@@ -23,7 +23,7 @@ from dinov2_jax.model import Model
 from dinov2_jax.progress import Display
 from dinov2_jax.sharding import make_mesh
 
-_FINITE = "finite"  # beside the arrays of a batch: which rows are
+FINITE = "finite"  # beside the arrays of a batch: which rows are
 
 
 class Report(NamedTuple):
@@ -103,7 +103,7 @@ def fill_store(
     done = sum(lengths.values()) - sum(lengths[i] for i in missing)
     num_bad = len(source.rejected) + store.num_bad()
     bad, clock, under_way = [], Clock(), collections.deque()
-    params, extractor = _make_extractor(model, compute, per_device_batch_size)
+    params, extractor = make_extractor(model, compute, per_device_batch_size)
     numbers = itertools.chain.from_iterable(shard_range(index, i) for i in missing)
     ahead = 2 * max(extractor.batch_size, num_threads)
     images = map_ahead(reader, numbers, num_threads=num_threads, ahead=ahead)
@@ -151,7 +151,7 @@ def fill_store(
     return Report(clock.images, bad, *clock.rates(), is_complete)
 
 
-def _make_extractor(model: Model, compute, per_device_batch_size: int):
+def make_extractor(model: Model, compute, per_device_batch_size: int):
     """The parameters on every device of this host, and what computes with them."""
     devices = jax.local_devices()
     mesh, params = None, model.params
@@ -162,7 +162,7 @@ def _make_extractor(model: Model, compute, per_device_batch_size: int):
     def checked(params, images: jax.Array) -> dict[str, jax.Array]:
         found = compute(params, images)
         finite = [jnp.isfinite(x).all(axis=range(1, x.ndim)) for x in found.values()]
-        return found | {_FINITE: jnp.stack(finite).all(axis=0)}
+        return found | {FINITE: jnp.stack(finite).all(axis=0)}
 
     return params, FeatureExtractor(
         checked,
@@ -174,7 +174,7 @@ def _make_extractor(model: Model, compute, per_device_batch_size: int):
 
 
 def _check_finite(batch: Batch, arrays: Arrays) -> None:
-    finite = arrays.pop(_FINITE, np.ones(0, bool))
+    finite = arrays.pop(FINITE, np.ones(0, bool))
     if not finite.all():
         row = int(np.argmin(finite))
         names = [name for name, x in arrays.items() if not np.isfinite(x[row]).all()]

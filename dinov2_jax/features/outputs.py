@@ -43,6 +43,13 @@ class Outputs:
         blocks = [f"{name}={x if '+' in x else x + '+'}" for name, x in chosen.items() if x]
         return ",".join([*self.tokens, *blocks])
 
+    def covers(self, other: "Outputs") -> bool:
+        """Whether what `other` keeps is kept here too, in arrays of the same names and shapes."""
+        has_tokens = set(other.tokens) <= set(self.tokens)
+        return has_tokens and all(
+            getattr(other, name) in ((), getattr(self, name)) for name in LAYERS
+        )
+
 
 def parse_what(what: str | Sequence[str], *, depth: int, num_register_tokens: int) -> Outputs:
     """Reads names of tokens.

@@ -73,7 +73,7 @@ def test_temperature_weighs_the_votes(sets):
 
 def test_pieces_of_queries_change_nothing(sets, monkeypatch):
     whole = knn_accuracy(**sets, num_neighbors=[10])
-    monkeypatch.setattr(knn, "_QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(knn, "_VOTES_AT_ONCE", 7 * 5)
     assert knn_accuracy(**sets, num_neighbors=[10]) == whole
 
 

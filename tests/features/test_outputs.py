@@ -105,3 +105,14 @@ def test_results_are_rounded_once_at_the_end(model, images, dtype):
         np.testing.assert_array_equal(
             np.asarray(array).view(bits[array.dtype]), expected.view(bits[array.dtype])
         )
+
+
+def test_what_covers_what():
+    def outputs(what):
+        return parse_what(what, depth=6, num_register_tokens=0)
+
+    more = outputs("cls,mean,layers=2")
+    for what in ("cls", "mean", "layers=2", "layers=4+5", "cls,mean,layers=2"):
+        assert more.covers(outputs(what))
+    for what in ("patches", "layers=1", "layers=3", "layers_patches=2", "cls,patches"):
+        assert not more.covers(outputs(what))

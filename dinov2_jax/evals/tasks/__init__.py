@@ -2,4 +2,6 @@
 
 TASKS = {
     "knn": "weighted k-nearest neighbours, also with few labels",
+    "linear": "the grid of linear classifiers, also judged on further sets",
+    "logreg": "logistic regression with C from a grid, as on the fine-grained sets",
 }

@@ -1,11 +1,28 @@
 """k-NN of CLS features: `python -m dinov2_jax.evals knn`. Protocol: dinov2/eval/knn.py."""
 
 import argparse
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from dinov2_jax.evals.knn import knn_accuracy
+import numpy as np
+
+from dinov2_jax.evals.classes import report_classes
+from dinov2_jax.evals.command import positive
+from dinov2_jax.evals.knn import few_shot_rows, knn_ranking
 from dinov2_jax.evals.results import Result
-from dinov2_jax.evals.splits import LAYOUT, add_crop_flags, labels_like, open_split, tested
+from dinov2_jax.evals.scores import top_k_accuracy
+from dinov2_jax.evals.splits import (
+    LAYOUT,
+    add_crop_flags,
+    image_sizes,
+    labels_like,
+    open_split,
+    tested,
+)
 from dinov2_jax.evals.task import Run, Task, require_labels
+
+NEIGHBORS = (10, 20, 100, 200)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -13,17 +30,28 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_crop_flags(parser)
     parser.add_argument(
         "--neighbors",
-        type=int,
+        type=positive,
         nargs="+",
-        default=[10, 20, 100, 200],
+        default=list(NEIGHBORS),
         metavar="K",
         help="numbers of voters; the best is reported beside each (default 10 20 100 200)",
     )
     parser.add_argument("--temperature", type=float, default=0.07, help="of the vote")
+    parser.add_argument(
+        "--shots",
+        type=positive,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="also with N images of each class alone, mean over the tries",
+    )
+    parser.add_argument(
+        "--tries", type=positive, default=1, help="draws of those images, seeds 0, 1, ..."
+    )
 
 
 def run(run: Run) -> Result:
-    """Every k at once."""
+    """Every k at once, of all images and of a few."""
     flags = run.flags
     sizes = {"resize_size_px": flags.resize, "crop_size_px": flags.crop}
     bank = run.features(open_split(run.data, ("train",)), **sizes)
@@ -35,31 +63,71 @@ def run(run: Run) -> Result:
         of=bank.label_names,
         at="the tested split",
     )
-    accuracy = knn_accuracy(
-        bank_features=bank["cls"],
-        bank_labels=bank_labels,
-        query_features=queries["cls"],
-        query_labels=query_labels,
-        num_neighbors=flags.neighbors,
-        temperature=flags.temperature,
+    bank_features = np.asarray(bank["cls"])
+    rank = functools.partial(
+        knn_ranking, query_features=np.asarray(queries["cls"]), temperature=flags.temperature
     )
-    best = max(accuracy, key=accuracy.get)
-    metrics = {f"top1_k{k}": 100 * value for k, value in accuracy.items()}
+    voters = [k for k in flags.neighbors if k <= len(bank)] or [len(bank)]
+    if voters != flags.neighbors:
+        run.say(f"the bank has {len(bank)} images: k is {', '.join(map(str, voters))}")
+    ranked = rank(bank_features=bank_features, bank_labels=bank_labels, num_neighbors=voters)
+    metrics, best = _metrics(ranked, query_labels)
+    protocol = {"feature": "cls", "best_k": best, **image_sizes(bank.index)}
+    headline = ["top1", "top5"] if len(bank.label_names) > 5 else ["top1"]
+    for shots in flags.shots:
+        found = _few_shot(rank, bank_features, bank_labels, query_labels, shots=shots, flags=flags)
+        metrics |= {f"{name}_{shots}_shot": value for name, value in found.items()}
+        headline.append(f"top1_{shots}_shot")
     return Result(
-        metrics={"top1": 100 * accuracy[best], **metrics},
-        headline=["top1"],
-        protocol={"feature": "cls", "best_k": best, **bank_sizes(bank.index)},
-        counts={
-            "train": len(bank),
-            "test": len(queries),
-            "classes": len(bank.label_names),
-        },
+        metrics=metrics,
+        headline=headline,
+        protocol=protocol,
+        counts={"train": len(bank), "test": len(queries), "classes": len(bank.label_names)},
+        details=report_classes(run, ranked[best][:, 0], query_labels, bank.label_names),
     )
 
 
-def bank_sizes(index) -> dict[str, int]:
-    """What size the images had, for the record."""
-    return {key: index[key] for key in ("resize_size_px", "crop_size_px")}
+def _metrics(ranked: dict[int, np.ndarray], labels: np.ndarray) -> tuple[dict[str, float], int]:
+    """Per cent by name, and the best k; of equals the smallest."""
+    top1 = {k: 100 * top_k_accuracy(ranks, labels, 1) for k, ranks in ranked.items()}
+    top5 = {k: 100 * top_k_accuracy(ranks, labels, 5) for k, ranks in ranked.items()}
+    best = max(sorted(top1), key=top1.get)
+    metrics = {"top1": top1[best], "top5": top5[best]}
+    for k in ranked:
+        metrics |= {f"top1_k{k}": top1[k], f"top5_k{k}": top5[k]}
+    return metrics, best
+
+
+def _few_shot(
+    rank: Callable[..., dict[int, np.ndarray]],
+    bank_features: np.ndarray,
+    bank_labels: np.ndarray,
+    query_labels: np.ndarray,
+    *,
+    shots: int,
+    flags: Any,
+) -> dict[str, float]:
+    """Means over the tries at every k up to `shots`; `top1` is that of the k with the best mean."""
+    voters = _few_voters(flags.neighbors, shots)
+    tries = []
+    for seed in range(flags.tries):
+        rows = few_shot_rows(bank_labels, shots=shots, seed=seed)
+        ranked = rank(
+            bank_features=bank_features[rows],
+            bank_labels=bank_labels[rows],
+            num_neighbors=[min(k, len(rows)) for k in voters],
+        )
+        tries.append(
+            [100 * top_k_accuracy(ranked[min(k, len(rows))], query_labels, 1) for k in voters]
+        )
+    mean, deviation = np.mean(tries, axis=0), np.std(tries, axis=0)
+    best = int(np.argmax(mean))
+    found = {f"top1_k{k}": float(value) for k, value in zip(voters, mean, strict=True)}
+    return found | {"top1": float(mean[best]), "top1_deviation": float(deviation[best])}
+
+
+def _few_voters(neighbors: Sequence[int], shots: int) -> list[int]:
+    return sorted({k for k in (*neighbors, shots) if k <= shots})
 
 
 TASK = Task(

@@ -1,0 +1,178 @@
+"""Logistic regression for a whole grid of C at once, on the device, in float64.
+
+    C * sum of cross-entropies + |weights|^2 / 2        (the biases are free)
+
+In: features `[n, d]` and targets: class numbers `[n]` (softmax; of two classes one sigmoid, as in
+scikit-learn and cuML), or `[n, c]` of 1, 0 and -1 (a sigmoid for each class; -1 does not count).
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dinov2_jax.evals.lbfgs import minimize
+
+# The protocol's 45 values (SimCLR's; dinov2/eval/log_regression.py).
+C_GRID = tuple(float(x) for x in 10.0 ** np.linspace(-6, 5, 45))
+MAX_ITERATIONS = 1000
+TOLERANCE = {"float64": 1e-9, "float32": 1e-6}  # of the gradient of the mean loss
+_BYTES_AT_ONCE = 2 * 2**30
+_MEMORY = 10
+_CURVATURE = 0.25  # of a sigmoid, at most
+
+
+class Classifier(NamedTuple):
+    """Weights of one C."""
+
+    kernel: np.ndarray  # float64 [d, c]; of two classes [d, 1]
+    bias: np.ndarray  # float64 [c]
+
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """Logits `[rows, classes]`, float64; of two classes the first is 0."""
+        logits = np.asarray(features, np.float64) @ self.kernel + self.bias
+        is_binary = logits.shape[1] == 1
+        return np.concatenate([np.zeros_like(logits), logits], axis=1) if is_binary else logits
+
+
+class Fitted(NamedTuple):
+    """What became of one C."""
+
+    c: float
+    classifier: Classifier
+    iterations: int
+    gradient: float  # largest entry at the end; above the tolerance: not converged
+
+
+def fit_grid(
+    features: np.ndarray,
+    targets: np.ndarray,
+    grid: Sequence[float] = C_GRID,
+    *,
+    num_classes: int,
+    dtype: str = "float64",
+    max_iterations: int = MAX_ITERATIONS,
+) -> Iterator[Fitted]:
+    """Fits every C, as many at once as 2 GiB hold.
+
+    The features are centred and turned into their principal axes, which changes no optimum (the
+    biases are free, the penalty is round), and the axes are scaled to a curvature of one: a few
+    dozen iterations do what takes L-BFGS thousands otherwise.
+
+    Args:
+      features: `[n, d]`, as they are.
+      targets: see the module.
+      grid: values of C.
+      num_classes: c.
+      dtype: "float64", or "float32" where the device has no other.
+      max_iterations: of L-BFGS.
+
+    Yields:
+      In the order of the grid.
+
+    Raises:
+      ValueError: features that are not finite; or fewer than two classes.
+    """
+    features = np.asarray(features, np.float64)
+    if not np.isfinite(features).all():
+        row = int(np.argmin(np.isfinite(features).all(axis=1)))
+        raise ValueError(f"features must be finite, and row {row} is not; look at that image")
+    if num_classes < 2:
+        raise ValueError(f"{num_classes=} must be at least 2")
+    hot, counts = _targets(targets, num_classes)
+    is_softmax = targets.ndim == 1 and num_classes > 2
+    center = features.mean(axis=0)
+    features = features - center
+    axes, variances = _principal_axes(features)
+    size = _num_at_once(len(features), len(variances), hot.shape[1], len(grid))
+    with jax.enable_x64(dtype == "float64"):
+        turned = jnp.asarray(features @ axes, dtype)
+        del features
+        hot, counts = jnp.asarray(hot, dtype), jnp.asarray(counts, dtype)
+        for start in range(0, len(grid), size):
+            part = list(grid[start : start + size])
+            padded = np.array(part + part[-1:] * (size - len(part)))  # one shape, one compilation
+            kernels, biases, iterations, gradients = jax.device_get(
+                _solve(
+                    turned,
+                    hot,
+                    counts,
+                    jnp.asarray(padded, dtype),
+                    jnp.asarray(variances, dtype),
+                    is_softmax=is_softmax,
+                    max_iterations=max_iterations,
+                    tolerance=TOLERANCE[dtype],
+                )
+            )
+            for i, c in enumerate(part):
+                kernel = axes @ kernels[i].astype(np.float64)
+                bias = biases[i].astype(np.float64) - center @ kernel
+                yield Fitted(c, Classifier(kernel, bias), int(iterations[i]), float(gradients[i]))
+
+
+@partial(jax.jit, static_argnames=("is_softmax", "max_iterations", "tolerance"))
+def _solve(features, hot, counts, grid, variances, *, is_softmax, max_iterations, tolerance):
+    """Kernels `[k, d, c]`, biases `[k, c]`, iterations and gradients `[k]` of the grid `[k]`."""
+    (n, d), c = features.shape, hot.shape[1]
+    penalty = 1 / (grid * n)
+    scale = 1 / jnp.sqrt(_CURVATURE * variances + penalty[:, None])  # [k, d]
+    bias_scale = 1 / _CURVATURE**0.5
+
+    def unpack(x):
+        x = x.reshape(-1, d + 1, c)
+        return x[:, :d] * scale[:, :, None], x[:, d] * bias_scale
+
+    def loss(x):
+        kernel, bias = unpack(x)
+        logits = jnp.einsum("nd,kdc->knc", features, kernel, precision="highest") + bias[:, None]
+        if is_softmax:
+            entropies = jax.nn.logsumexp(logits, axis=-1) - (logits * hot).sum(axis=-1)
+        else:
+            entropies = (counts * (jax.nn.softplus(logits) - logits * hot)).sum(axis=-1)
+        values = entropies.mean(axis=-1) + penalty / 2 * (kernel**2).sum(axis=(1, 2))
+        return values.sum(), values
+
+    def value_and_gradient(x):
+        (_, values), gradients = jax.value_and_grad(loss, has_aux=True)(x)
+        return values, gradients
+
+    start = jnp.zeros((len(grid), (d + 1) * c), features.dtype)
+    found = minimize(
+        value_and_gradient,
+        start,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        memory=_MEMORY,
+    )
+    return *unpack(found.x), found.iterations, found.gradient
+
+
+def _principal_axes(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Axes `[d, r]` that span the centred features, and the variance along each."""
+    n, d = features.shape
+    if n < d:
+        # The optimum lies in the span of the images: no other direction needs to be looked at.
+        _, lengths, axes = np.linalg.svd(features, full_matrices=False)
+        return axes.T, lengths**2 / n
+    variances, axes = np.linalg.eigh(features.T @ features / n)
+    return axes, np.maximum(variances, 0)
+
+
+def _targets(targets: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ones where a class is right, and where it counts at all: `[n, c]` each."""
+    if targets.ndim == 2:
+        return targets == 1, targets >= 0
+    hot = np.asarray(targets)[:, None] == np.arange(num_classes)
+    if num_classes == 2:
+        hot = hot[:, 1:]
+    return hot, np.ones_like(hot)
+
+
+def _num_at_once(n: int, d: int, c: int, total: int) -> int:
+    """How many values of C to fit at once: pairs and points of L-BFGS, and a few sets of logits."""
+    of_one = 8 * ((d + 1) * c * (2 * _MEMORY + 8) + 4 * n * c)
+    fit = int(np.clip(_BYTES_AT_ONCE // of_one, 1, total))
+    return -(-total // -(-total // fit))  # groups of nearly one size
