@@ -1,5 +1,7 @@
 """The tasks by name. Each is a file here, imported when it is asked for."""
 
 TASKS = {
+    "segmentation": "semantic segmentation by a linear head, or by votes of similar patches",
+    "depth": "depth by linear heads, or a DPT head",
     "knn": "weighted k-nearest neighbours, also with few labels",
 }
