@@ -95,9 +95,8 @@ class DepthSet:
         if self.layout == "sunrgbd":
             units = units.astype(np.uint16)
             units = (units >> 3) | (units << 13)  # the camera's own shift, undone
-        if self.layout == "kitti":
-            return kitti_crop(image), kitti_crop(units) / np.float32(self.scale)
-        return image, units / np.float32(self.scale)
+        depth = units.astype(np.float32) / np.float32(self.scale)
+        return (kitti_crop(image), kitti_crop(depth)) if self.layout == "kitti" else (image, depth)
 
 
 def open_depth_set(

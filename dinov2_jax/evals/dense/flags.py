@@ -1,10 +1,23 @@
 """Flags that segmentation and depth share: which head, how it is trained, how many pictures."""
 
 import argparse
+import hashlib
 import os
 import pathlib
 
 from dinov2_jax.evals.command import positive
+
+
+class HeadFile:
+    """A flag's file; in a result's request it stands for what it holds, not for its place."""
+
+    def __init__(self, path: str):
+        """Raises OSError where it cannot be read."""
+        self.path = pathlib.Path(path).expanduser()
+        self._sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    def __str__(self) -> str:
+        return f"sha256 {self._sha256}"
 
 
 def add_head_flags(parser: argparse.ArgumentParser, *, iterations: int) -> None:
@@ -12,7 +25,7 @@ def add_head_flags(parser: argparse.ArgumentParser, *, iterations: int) -> None:
     add = parser.add_argument
     add(
         "--head",
-        type=pathlib.Path,
+        type=HeadFile,
         metavar="FILE",
         help="test this head and train none: a released .pth, or a head.safetensors of ours",
     )

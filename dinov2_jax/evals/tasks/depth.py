@@ -153,10 +153,12 @@ def _loaded(run: Run, layout: str) -> Predictor:
     # The files of released heads do not say; SUN RGB-D is the test of heads for NYU.
     default = LAYOUTS["nyu" if layout == "sunrgbd" else layout].depth_range
     asked = None if flags.range is None else tuple(flags.range)
-    head, variables, _ = load_head(flags.head, run.model, depth_range=asked, default_range=default)
+    head, variables, _ = load_head(
+        flags.head.path, run.model, depth_range=asked, default_range=default
+    )
     if head.protocol not in DEPTH or flags.protocol not in (None, head.protocol):
         raise ValueError(
-            f"{flags.head} is a head for {head.protocol}, and not for "
+            f"{flags.head.path} is a head for {head.protocol}, and not for "
             f"{flags.protocol or 'depth'}; give another, or leave --protocol out"
         )
     protocol = {

@@ -100,7 +100,7 @@ def run(run: Run) -> Result:
     test = _open(run, tested(flags), names=predictor.names)
     if len(test.ids) != predictor.num_classes:
         raise ValueError(
-            f"{flags.head} predicts {predictor.num_classes} classes, and {run.data} has "
+            f"{flags.head.path} predicts {predictor.num_classes} classes, and {run.data} has "
             f"{len(test.ids)}; name its classes in classes.txt, or choose another --layout"
         )
     counts, examples = evaluate_masks(
@@ -150,10 +150,10 @@ def run(run: Run) -> Result:
 
 def _loaded(run: Run) -> Predictor:
     flags = run.flags
-    head, variables, facts = load_head(flags.head, run.model)
+    head, variables, facts = load_head(flags.head.path, run.model)
     if head.protocol not in PROTOCOLS or flags.protocol not in (None, head.protocol):
         raise ValueError(
-            f"{flags.head} is a head for {head.protocol}, and not for "
+            f"{flags.head.path} is a head for {head.protocol}, and not for "
             f"{flags.protocol or 'segmentation'}; give another, or leave --protocol out"
         )
     names = {int(number): name for number, name in facts.get("classes", {}).items()}

@@ -1,6 +1,7 @@
 """Heads: layers by protocol, files in the released layout, PyTorch's numbers from both."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -51,17 +52,23 @@ def test_layers_of_depth_heads(depth, protocol, expected):
     assert depth_layers(depth, protocol) == expected
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_what_was_saved_is_loaded_to_the_bit(name, tmp_path):
+@functools.cache
+def made(name):
+    """A model, a head for it, and its variables."""
     model = tiny()
     head = HEADS[name](model)
-    variables = head.init(jax.random.key(0), model.spec.embed_dim)
+    return model, head, jax.device_get(head.init(jax.random.key(0), model.spec.embed_dim))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_what_was_saved_is_loaded_to_the_bit(name, tmp_path):
+    model, head, variables = made(name)
     facts = {"depth_range": list(RANGE)} if head.depth_range else {"classes": {"3": "tree"}}
     path = save_head(tmp_path, variables, facts=facts, num_steps=17, pth=False)
     found, loaded, found_facts = load_head(path, model)
     assert found == head
     assert found_facts == facts
-    jax.tree.map(np.testing.assert_array_equal, loaded, jax.device_get(variables))
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
     flat, _ = read_safetensors(path)
     assert all(key.startswith("decode_head.") for key in flat)
     if head.depth_range is None:
@@ -114,9 +121,8 @@ def test_a_released_file_on_images_gives_pytorchs_maps(name, tmp_path):
 @pytest.mark.parity
 @pytest.mark.parametrize("name", HEADS)
 def test_pytorch_loads_what_was_saved(name, tmp_path):
-    torch, model = require("torch"), tiny()
-    head = HEADS[name](model)
-    variables = head.init(jax.random.key(0), model.spec.embed_dim)
+    torch = require("torch")
+    model, _, variables = made(name)
     save_head(tmp_path, variables, facts={}, num_steps=1, pth=True)
     state = torch.load(tmp_path / "head.pth", weights_only=True)["state_dict"]
     width = model.spec.embed_dim

@@ -102,9 +102,7 @@ def test_cross_entropy_has_pytorchs_value_and_slope(over_all):
     logits = rng.standard_normal((2, 3, 4, 5)).astype(np.float32)
     classes = rng.integers(-1, 5, (2, 14, 19)).astype(np.int16)
     x = torch.tensor(logits.transpose(0, 3, 1, 2), requires_grad=True)
-    full = torch.nn.functional.interpolate(
-        x, size=(14, 19), mode="bilinear", align_corners=False
-    )
+    full = torch.nn.functional.interpolate(x, size=(14, 19), mode="bilinear", align_corners=False)
     each = torch.nn.functional.cross_entropy(
         full, torch.tensor(classes.astype(np.int64)), ignore_index=-1, reduction="sum"
     )

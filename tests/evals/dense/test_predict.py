@@ -61,7 +61,11 @@ def test_votes_are_averaged_as_they_are():
     slide = Slide(short_side_px=16, crop_px=16, stride_px=16)
     shares = np.array([0.2, 0.35, 0.45], np.float32)
     found = predict_classes(
-        image, lambda x: np.broadcast_to(shares, (len(x), 2, 2, 3)), slide, **NORMAL, is_logits=False
+        image,
+        lambda x: np.broadcast_to(shares, (len(x), 2, 2, 3)),
+        slide,
+        **NORMAL,
+        is_logits=False,
     )
     assert (found == 2).all()
 

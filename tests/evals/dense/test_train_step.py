@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dinov2_jax.convert.task_heads import task_head_from_reference, task_head_to_reference
 from dinov2_jax.evals.dense.losses import cross_entropy, depth_loss
 from dinov2_jax.evals.dense.schedules import HeadSchedule
 from dinov2_jax.evals.dense.train_step import Hyper, init_state, train_step
-from dinov2_jax.convert.task_heads import task_head_from_reference, task_head_to_reference
 from dinov2_jax.models.vit import BackboneOutput
 from tests.parity import require
 from tests.reference import torch_task_heads
