@@ -44,6 +44,7 @@ def depth_loss(
     depth: jax.Array,
     step: jax.Array,
     *,
+    warmup_steps: int = SIGLOSS_WARMUP_STEPS,
     gradient_weight: float = 0.0,
     images_per_loss: int = 2,
 ) -> jax.Array:
@@ -52,7 +53,9 @@ def depth_loss(
     Args:
       maps: metres `[b, h, w]`.
       depth: metres `[b, height, width]`, 0 where nothing was measured.
-      step: updates done; for the first 100, SigLoss is without its variance.
+      step: updates done.
+      warmup_steps: the first updates, in which SigLoss is without its variance, so that only the
+        scale is learnt.
       gradient_weight: the reference's is 0.5, of a loss that is 0 there by an error.
       images_per_loss: the loss is taken of so many images, and the mean over such groups: the
         reference has 2 on each of 8 GPUs. 0, or what does not divide the batch: all.
@@ -62,7 +65,7 @@ def depth_loss(
     def of_group(group: tuple[jax.Array, jax.Array]) -> jax.Array:
         maps, depth = group
         maps = resize_bilinear(maps[..., None], depth.shape[1:3], align_corners=False)[..., 0]
-        loss = sig_loss(maps, depth, is_warmup=step < SIGLOSS_WARMUP_STEPS)
+        loss = sig_loss(maps, depth, is_warmup=step < warmup_steps)
         if gradient_weight:
             loss += gradient_weight * gradient_loss(maps, depth)
         return loss

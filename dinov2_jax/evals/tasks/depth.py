@@ -28,7 +28,7 @@ from dinov2_jax.evals.dense.evaluate import evaluate_depths
 from dinov2_jax.evals.dense.fit import Views, fit_head
 from dinov2_jax.evals.dense.flags import add_head_flags, num_threads, warmup_steps
 from dinov2_jax.evals.dense.heads import DEPTH, depth_head, load_head
-from dinov2_jax.evals.dense.losses import depth_loss
+from dinov2_jax.evals.dense.losses import SIGLOSS_WARMUP_STEPS, depth_loss
 from dinov2_jax.evals.dense.metrics import DEPTH_METRICS
 from dinov2_jax.evals.dense.predict import Maps, head_maps, normalise, predict_depth
 from dinov2_jax.evals.dense.resample import resize_bilinear
@@ -182,6 +182,8 @@ def _trained(run: Run, layout: str) -> Predictor:
         warmup_ratio=1e-3,
         b1_cycle=B1_CYCLE,
     )
+    # Like the warm-up of the learning rate, so that a short training is not all warm-up.
+    loss_warmup_steps = round(SIGLOSS_WARMUP_STEPS / ITERATIONS * flags.iterations)
     settings = {
         "protocol": name,
         "layers": list(head.layers),
@@ -189,12 +191,14 @@ def _trained(run: Run, layout: str) -> Predictor:
         "cached": flags.cached,
         "weight_decay": WEIGHT_DECAY if flags.weight_decay is None else flags.weight_decay,
         "gradient_weight": flags.gradient_weight,
+        "loss_warmup_steps": loss_warmup_steps,
         "images_per_loss": flags.images_per_loss,
         "schedule": dataclasses.asdict(schedule),
         "images_per_step": flags.images_per_step,
     }
     loss = functools.partial(
         depth_loss,
+        warmup_steps=loss_warmup_steps,
         gradient_weight=flags.gradient_weight,
         images_per_loss=flags.images_per_loss,
     )

@@ -16,7 +16,10 @@ from dinov2_jax.evals.dense.heads import (
     save_head,
     segmentation_head,
 )
+from dinov2_jax.evals.dense.losses import depth_loss
 from dinov2_jax.evals.dense.predict import head_maps, normalise
+from dinov2_jax.evals.dense.schedules import HeadSchedule
+from dinov2_jax.evals.dense.train_step import Hyper, init_state, train_step
 from tests.evals.dense.models import pixels, random_image, tiny
 from tests.parity import require
 from tests.reference import torch_task_heads
@@ -144,6 +147,33 @@ def test_errors(tmp_path):
         load_head(path, model)
     with pytest.raises(FileNotFoundError, match="is not there"):
         load_head(tmp_path / "none.safetensors", model)
+
+
+def test_every_head_learns_in_the_one_step():
+    """The DPT head too, which is too large for a test from the command line."""
+    model, head, variables = made("dpt")
+    images = normalise(np.stack([random_image(16, 16, i) for i in range(2)]), *_normal(model))
+    outputs = jax.jit(functools.partial(head.embed, model))(model.params, images)
+    depth = np.random.default_rng(0).uniform(1, 3, (2, 16, 16)).astype(np.float32)
+    schedule = HeadSchedule(
+        decay="cosine", peak=3e-3, total_steps=20, warmup_steps=0, warmup_ratio=1.0
+    )
+    loss = functools.partial(depth_loss, warmup_steps=0)
+    state, losses = init_state(variables), []
+    for step in range(12):
+        state, metrics = train_step(
+            state,
+            outputs,
+            depth,
+            Hyper.at(schedule, step),
+            module=head.module,
+            grid=(4, 4),
+            loss=loss,
+            weight_decay=0.01,
+            clip_norm=35.0,
+        )
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.6 * losses[0]
 
 
 def test_pixels_have_the_mean_patch_beside_every_patch():

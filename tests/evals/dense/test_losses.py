@@ -42,6 +42,8 @@ def test_the_first_hundred_steps_are_without_variance():
         found = depth_loss(maps, depth, np.int32(step), images_per_loss=0)
         expected = sig_loss(maps, depth, is_warmup=is_warmup)
         np.testing.assert_allclose(found, expected, rtol=1e-6)
+    shorter = depth_loss(maps, depth, np.int32(7), images_per_loss=0, warmup_steps=7)
+    np.testing.assert_allclose(shorter, found, rtol=1e-6)
 
 
 def test_groups_are_the_references_gpus():

@@ -8,7 +8,7 @@ from dinov2_jax.evals.__main__ import main
 from tests.evals.dense.small_sets import save_masks
 
 QUICK = (
-    "--short-side 42 --batch-size 4 --threads 2 --iterations 40 --images-per-step 4 "
+    "--short-side 42 --batch-size 4 --threads 2 --iterations 40 --images-per-step 8 "
     "--learning-rate 0.05 --charts 2"
 ).split()
 
