@@ -76,7 +76,12 @@ class DenseHead:
                 patches=jnp.zeros((1, 4, width)),
             )
         ] * len(self.layers)
-        return jax.jit(self.module.init, static_argnums=2)(key, outputs, (2, 2))
+        variables = jax.jit(self.module.init, static_argnums=2)(key, outputs, (2, 2))
+        if isinstance(self.module, DPTHead):
+            # Its last ReLU would start at 0, and could stay there without a slope: 1 m is alive.
+            last = variables["params"]["head_4"]
+            last["bias"] = jnp.ones_like(last["bias"])
+        return variables
 
 
 def context(cls: jax.Array, mean: jax.Array) -> jax.Array:

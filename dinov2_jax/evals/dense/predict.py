@@ -146,7 +146,8 @@ def _look(image, maps: Maps, slide: Slide, ratio: float, is_mirrored: bool, mean
         for side, grid, new in zip(size, found.shape[1:3], image.shape[:2], strict=True)
     )
     down = len(window_starts(size[0], crop, stride))
-    found = rearrange(found, "(y x) h w c -> y x h w c", y=down)
+    # To the device once, and not for every strip.
+    found = jnp.asarray(rearrange(found, "(y x) h w c -> y x h w c", y=down))
     return found, rows, columns[:, ::-1] if is_mirrored else columns
 
 

@@ -49,6 +49,8 @@ def test_a_patch_has_its_commonest_class():
     found = patch_classes(classes, (2, 2), 4, num_classes=3)
     assert found.tolist() == [2, IGNORED, IGNORED, IGNORED]
     assert patch_classes(classes[:, 2:], (2, 1), 4, num_classes=3).tolist() == [1, IGNORED]
+    classes[3, 3] = 0  # of the last patch, where the first would end without padding
+    assert patch_classes(classes, (2, 2), 4, num_classes=3).tolist() == [2, IGNORED, IGNORED, 0]
 
 
 def images(count):

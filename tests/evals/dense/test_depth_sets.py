@@ -79,7 +79,7 @@ def test_kitti_is_cut_and_images_without_depth_are_left_out(tmp_path):
 
 def test_sun_undoes_the_shift_of_its_camera(tmp_path):
     save(tmp_path, "a.png", COLOR)
-    metres = np.array([[1000, 2000, 7999], [0, 1, 8191]], np.uint16)
+    metres = np.array([[1000, 2000, 7999], [0, 12345, 8192]], np.uint16)
     stored = (metres << 3) | (metres >> 13)
     save(tmp_path, "d.png", stored)
     (tmp_path / "SUNRGBD_val_splits.txt").write_text("a.png d.png\n")

