@@ -9,15 +9,17 @@ from dinov2_jax.evals.command import positive
 
 
 class HeadFile:
-    """A flag's file; in a result's request it stands for what it holds, not for its place."""
+    """A flag's file; in a result's request it stands for what it holds, not for its place.
+
+    It is read when it is needed: an earlier entry of a suite may write it.
+    """
 
     def __init__(self, path: str):
-        """Raises OSError where it cannot be read."""
         self.path = pathlib.Path(path).expanduser()
-        self._sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     def __str__(self) -> str:
-        return f"sha256 {self._sha256}"
+        """Raises OSError where it cannot be read."""
+        return f"sha256 {hashlib.sha256(self.path.read_bytes()).hexdigest()}"
 
 
 def add_head_flags(parser: argparse.ArgumentParser, *, iterations: int) -> None:

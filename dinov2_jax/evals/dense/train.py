@@ -99,13 +99,17 @@ def train_head(
         weight_decay=training.weight_decay,
         clip_norm=training.clip_norm,
     )
+    metrics = {}
     with StopSignals() as signals, Display(total=total, done=start, is_shown=is_shown) as display:
         if start:
             display.line(f"{start:,} of {total:,} steps are done: going on")
         for step, (outputs, targets) in zip(range(start, total), batches(start), strict=False):
+            waited = metrics
             state, metrics = train_step(
                 state, outputs, devices.rows(targets), Hyper.at(training.schedule, step), **settings
             )
+            # Not more than one step ahead of the device: a signal is heeded soon.
+            jax.block_until_ready(waited)
             done = step + 1
             if done % _STEPS_BETWEEN_LOOKS == 0 or done == total:
                 loss = _finite_loss(metrics, done)
