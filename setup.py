@@ -57,7 +57,7 @@ setup(
         "test": TEST,
         # The reference package itself comes by `pip install --no-deps dinov2==0.0.1.dev2`: its
         # declared dependencies pin torch 2.0 and xFormers, which its modules do not need.
-        "parity": ["torch==2.13.0", "transformers>=5.23"],
+        "parity": ["torch==2.13.0", "transformers>=5.23", "torchmetrics>=1.9"],
         "torch": ["torch>=2.4"],
         "export": ["onnx>=1.23.2", "onnxruntime>=1.32"],
         "tpu": ["jax[tpu]>=0.10.2"],

@@ -121,7 +121,7 @@ def to_reference(params: Mapping) -> dict[str, np.ndarray]:
             continue
         paths = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
         prefix = "" if is_bare else f"{module}/"
-        named = _module_to_reference(paths, MODULES[module], prefix, problems)
+        named = module_to_reference(paths, MODULES[module], prefix, problems)
         flat |= {prefix.replace("/", ".") + name: array for name, array in named.items()}
     if problems:
         raise ConversionError("cannot name these parameters", problems)
@@ -173,7 +173,7 @@ def _lazy_leaf(arrays: list[lazy.Arrays], rule: Rule) -> lazy.LazyArray:
     return lazy.LazyArray(stacked.shape[1:], stacked.dtype, lambda: transform(arrays[0]))
 
 
-def _module_to_reference(paths, rules, prefix, problems) -> dict[str, np.ndarray]:
+def module_to_reference(paths, rules, prefix, problems) -> dict[str, np.ndarray]:
     """`{path: array}` of one module to `{name: array}`, in the reference's order."""
     named, present, depths = [], set(), {}
     places = [place for place, rule in enumerate(rules) if "{" in rule.reference]

@@ -20,6 +20,7 @@ from dinov2_jax.convert.state_dict import (
     load,
     mismatches,
     module_from_reference,
+    module_to_reference,
     nest,
 )
 from dinov2_jax.convert.torch_file import read_torch
@@ -123,6 +124,28 @@ def task_head_from_reference(
     if problems:
         raise ConversionError("cannot read this task head", problems)
     return module, load(nest(paths))
+
+
+def task_head_to_reference(variables: Mapping, *, num_steps: int = 0) -> dict[str, np.ndarray]:
+    """The released names and layouts of a depth or segmentation head, with "decode_head.".
+
+    Args:
+      variables: of `LinearDepthHead`, `DPTHead` or `SegmentationHead`.
+      num_steps: updates of its training, which PyTorch's batch normalisation counts.
+
+    Raises:
+      ConversionError: lists every path and shape that does not fit.
+    """
+    paths = {path: np.asarray(leaf) for path, leaf in flatten(variables).items()}
+    is_depth = "params/conv_depth/kernel" in paths
+    rules = LINEAR_DEPTH if is_depth else SEGMENTATION if "batch_stats" in variables else DPT
+    problems = []
+    named = module_to_reference(paths, rules, "", problems)
+    if problems:
+        raise ConversionError("cannot name this task head", problems)
+    if rules is SEGMENTATION:
+        named[COUNTER] = np.array(num_steps, np.int64)
+    return {f"decode_head.{name}": array for name, array in named.items()}
 
 
 def _recognise(named: Mapping[str, Arrays], depth_range):

@@ -1,0 +1,271 @@
+"""Monocular depth: `python -m dinov2_jax.evals depth`.
+
+Protocols: the paper's ("linear1", "linear4", "dpt"; settings of the reference's configurations and
+of the public Monocular-Depth-Estimation-Toolbox).
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dinov2_jax import distributed
+from dinov2_jax.evals.command import positive
+from dinov2_jax.evals.dense import depth_views
+from dinov2_jax.evals.dense.charts import depth_sheet
+from dinov2_jax.evals.dense.depth_sets import (
+    LAYOUT,
+    LAYOUTS,
+    DepthSet,
+    find_layout,
+    judged,
+    open_depth_set,
+)
+from dinov2_jax.evals.dense.evaluate import evaluate_depths
+from dinov2_jax.evals.dense.fit import Views, fit_head
+from dinov2_jax.evals.dense.flags import add_head_flags, num_threads, warmup_steps
+from dinov2_jax.evals.dense.heads import DEPTH, depth_head, load_head
+from dinov2_jax.evals.dense.losses import SIGLOSS_WARMUP_STEPS, depth_loss
+from dinov2_jax.evals.dense.metrics import DEPTH_METRICS
+from dinov2_jax.evals.dense.predict import Maps, head_maps, normalise, predict_depth
+from dinov2_jax.evals.dense.resample import resize_bilinear
+from dinov2_jax.evals.dense.schedules import HeadSchedule
+from dinov2_jax.evals.dense.train import Training
+from dinov2_jax.evals.results import Result
+from dinov2_jax.evals.task import Run, Task
+from dinov2_jax.visualize.sheets import save
+
+ITERATIONS, WARMUP_STEPS = 38_400, 12_800
+LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.01, 35.0
+B1_CYCLE = (0.95, 0.85)
+SUN_SIZE = (480, 640)
+CROPS = {"nyu": (416, 544), "kitti": (352, 704)}
+BRIGHTNESS = {"kitti": (0.9, 1.1)}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The task's own flags."""
+    add = parser.add_argument
+    add(
+        "--protocol",
+        choices=DEPTH,
+        help="linear1: a linear head on the last layer (default); linear4: on four layers; dpt: a "
+        "DPT head on the same four; with --head, what the head says",
+    )
+    add("--layout", choices=("auto", *LAYOUTS), default="auto", help="of --data; see below")
+    add("--scale", type=float, metavar="X", help="units of depth files in a metre; default 1000")
+    add(
+        "--range",
+        type=float,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="of the head, in metres; default: what its file says, else 0.001 10, KITTI 0.001 80",
+    )
+    add("--mask", choices=("all", "eigen", "garg"), help="pixels judged; default: the layout's")
+    add("--holdout", type=float, default=0.2, help="share tested where there is no split: the last")
+    add(
+        "--crop",
+        type=positive,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of training; default: NYU 416 544, KITTI 352 704, else the image less a tenth",
+    )
+    add(
+        "--flip", action=argparse.BooleanOptionalAction, default=True, help="test mirror images too"
+    )
+    add("--gradient-weight", type=float, default=0.0, help="of the gradient loss (default 0)")
+    add(
+        "--images-per-loss",
+        type=int,
+        default=2,
+        metavar="N",
+        help="SigLoss is taken of so many images; the reference has 2 on each GPU; 0: all",
+    )
+    add_head_flags(parser, iterations=ITERATIONS)
+
+
+class Predictor(NamedTuple):
+    """What predicts, and what is known of it."""
+
+    maps: Maps
+    protocol: dict[str, Any]
+    num_train: int
+
+
+def run(run: Run) -> Result:
+    """Trains or loads a head; tests; draws."""
+    flags, spec = run.flags, run.model.spec
+    layout = find_layout(run.data) if flags.layout == "auto" else flags.layout
+    facts = LAYOUTS[layout]
+    predictor = _trained(run, layout) if flags.head is None else _loaded(run, layout)
+    name, mask = predictor.protocol["protocol"], flags.mask or facts.mask
+    test = _open(run, layout, "test")
+    is_own = layout == "plain" and flags.range is not None
+    judged_range = tuple(flags.range) if is_own else facts.depth_range
+
+    def predict(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        if layout == "sunrgbd":
+            image = resize_bilinear(image, *SUN_SIZE)
+        return predict_depth(
+            image, predictor.maps, mean=spec.mean, std=spec.std, size=size, flip=flags.flip
+        )
+
+    errors, num_tested, examples = evaluate_depths(
+        test,
+        predict,
+        is_judged=functools.partial(judged, mask=mask),
+        depth_range=judged_range,
+        clip=facts.clip,
+        num_examples=flags.charts,
+        num_threads=num_threads(flags),
+        is_shown=run.is_primary,
+    )
+    if examples:
+        run.out.mkdir(parents=True, exist_ok=True)
+        title = f"Depth ({name}) of {pathlib.Path(run.data).name} by {run.model.name}"
+        sheet = depth_sheet(examples, title=title)
+        distributed.on_primary(lambda: save(sheet, run.out / "predictions.png"))
+    return Result(
+        metrics={f"{metric}_{name}": errors[metric] for metric in DEPTH_METRICS},
+        headline=[f"{metric}_{name}" for metric in ("rmse", "abs_rel", "d1")],
+        protocol={
+            **predictor.protocol,
+            "layout": layout,
+            "scale": test.scale,
+            "judged": mask,
+            "judged_range": list(judged_range),
+            "clip": facts.clip,
+            "flip": flags.flip,
+        },
+        counts={
+            "train": predictor.num_train,
+            "test": len(test),
+            "without_depth": len(test) - num_tested,
+        },
+    )
+
+
+def _loaded(run: Run, layout: str) -> Predictor:
+    flags = run.flags
+    # The files of released heads do not say; SUN RGB-D is the test of heads for NYU.
+    default = LAYOUTS["nyu" if layout == "sunrgbd" else layout].depth_range
+    asked = None if flags.range is None else tuple(flags.range)
+    head, variables, _ = load_head(
+        flags.head.path, run.model, depth_range=asked, default_range=default
+    )
+    if head.protocol not in DEPTH or flags.protocol not in (None, head.protocol):
+        raise ValueError(
+            f"{flags.head.path} is a head for {head.protocol}, and not for "
+            f"{flags.protocol or 'depth'}; give another, or leave --protocol out"
+        )
+    protocol = {
+        "protocol": head.protocol,
+        "layers": list(head.layers),
+        "depth_range": list(head.depth_range),
+    }
+    return Predictor(head_maps(run.model, head, variables, batch_size=run.batch_size), protocol, 0)
+
+
+def _trained(run: Run, layout: str) -> Predictor:
+    flags, model = run.flags, run.model
+    name, train = flags.protocol or DEPTH[0], _open(run, layout, "train")
+    depth_range = tuple(flags.range or LAYOUTS[layout].depth_range)
+    head = depth_head(model, name, depth_range)
+    schedule = HeadSchedule(
+        decay="cosine",
+        peak=flags.learning_rate or LEARNING_RATE,
+        total_steps=flags.iterations,
+        warmup_steps=warmup_steps(flags, share=WARMUP_STEPS / ITERATIONS),
+        warmup_ratio=1e-3,
+        b1_cycle=B1_CYCLE,
+    )
+    # Like the warm-up of the learning rate, so that a short training is not all warm-up.
+    loss_warmup_steps = round(SIGLOSS_WARMUP_STEPS / ITERATIONS * flags.iterations)
+    settings = {
+        "protocol": name,
+        "layers": list(head.layers),
+        "depth_range": list(depth_range),
+        "cached": flags.cached,
+        "weight_decay": WEIGHT_DECAY if flags.weight_decay is None else flags.weight_decay,
+        "gradient_weight": flags.gradient_weight,
+        "loss_warmup_steps": loss_warmup_steps,
+        "images_per_loss": flags.images_per_loss,
+        "schedule": dataclasses.asdict(schedule),
+        "images_per_step": flags.images_per_step,
+    }
+    loss = functools.partial(
+        depth_loss,
+        warmup_steps=loss_warmup_steps,
+        gradient_weight=flags.gradient_weight,
+        images_per_loss=flags.images_per_loss,
+    )
+    variables = fit_head(
+        model,
+        head,
+        train,
+        _views(flags, layout, train, model.spec),
+        training=Training(
+            schedule=schedule,
+            weight_decay=settings["weight_decay"],
+            clip_norm=CLIP_NORM,
+            loss=loss,
+            save_steps=flags.save_steps,
+        ),
+        features=run.features if flags.cached else None,
+        batch_size=flags.images_per_step,
+        images_at_once=run.batch_size,
+        seed=run.seed,
+        num_threads=num_threads(flags),
+        out=run.out,
+        at=run.data,
+        begin_again=flags.force,
+        request=settings,
+        facts={"protocol": name, "depth_range": list(depth_range), "model": model.name},
+        pth=flags.pth,
+        is_shown=run.is_primary,
+    )
+    maps = head_maps(model, head, variables, batch_size=run.batch_size)
+    return Predictor(maps, settings, len(train))
+
+
+def _views(flags: argparse.Namespace, layout: str, train: DepthSet, spec: Any) -> Views:
+    box = depth_views.NYU_CROP if layout == "nyu" else (slice(None), slice(None))
+    crop_px = (flags.crop and tuple(flags.crop)) or CROPS.get(layout)
+    if crop_px is None:
+        crop_px = tuple(round(0.9 * side) for side in train.read(0)[1].shape)
+    augment = depth_views.DepthAugment(
+        crop_px=crop_px, brightness=BRIGHTNESS.get(layout, (0.75, 1.25))
+    )
+
+    def random(image, depth, rng):
+        image, depth = augment(image[box], depth[box], rng)
+        return normalise(image, spec.mean, spec.std), depth
+
+    def fixed(image, depth):
+        return depth_views.fixed_view(image[box], depth[box], crop_px=crop_px)
+
+    settings = f"{'centre' if flags.cached else augment} {layout} {crop_px}"
+    return Views(random=random, fixed=fixed, size_px=crop_px, settings=settings)
+
+
+def _open(run: Run, layout: str, split: str) -> DepthSet:
+    flags = run.flags
+    return open_depth_set(
+        run.data,
+        split,
+        layout=layout,
+        scale=flags.scale,
+        holdout=flags.holdout,
+    )
+
+
+TASK = Task(
+    name="depth",
+    summary="monocular depth: linear heads on one layer or four, or a DPT head",
+    layout=LAYOUT,
+    add_flags=add_flags,
+    run=run,
+)
