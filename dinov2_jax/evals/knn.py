@@ -4,7 +4,7 @@ Behaviour follows dinov2/eval/knn.py (Apache-2.0): the weights are a softmax ove
 neighbours, of which the first k then vote. Here the number retrieved is an argument of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -21,6 +21,7 @@ def knn_accuracy(
     query_labels: np.ndarray,
     num_neighbors: Sequence[int],
     temperature: float = 0.07,
+    search: Callable[..., tuple[np.ndarray, np.ndarray]] = nearest_neighbors,
 ) -> dict[int, float]:
     """Share of queries whose class wins the vote, for every k of `num_neighbors`.
 
@@ -31,6 +32,7 @@ def knn_accuracy(
       query_labels: integers `[q]`.
       num_neighbors: the numbers of voters k; the largest of them is retrieved.
       temperature: of the softmax over similarities.
+      search: `nearest_neighbors`, or what takes queries, bank and k and gives the same.
 
     Returns:
       Accuracy in [0, 1] by k.
@@ -47,7 +49,7 @@ def knn_accuracy(
                 f"{len(features)} {name} features and {len(labels)} {name} labels must be "
                 "equally many, and at least one"
             )
-    similarities, rows = nearest_neighbors(query_features, bank_features, k=max(num_neighbors))
+    similarities, rows = search(query_features, bank_features, k=max(num_neighbors))
     neighbor_labels = np.asarray(bank_labels)[rows]
     num_classes = int(max(np.max(bank_labels), np.max(query_labels))) + 1
     hits = dict.fromkeys(num_neighbors, 0)

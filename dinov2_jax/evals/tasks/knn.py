@@ -1,9 +1,11 @@
 """k-NN of CLS features: `python -m dinov2_jax.evals knn`. Protocol: dinov2/eval/knn.py."""
 
 import argparse
+import functools
 
 from dinov2_jax.evals.knn import knn_accuracy
 from dinov2_jax.evals.results import Result
+from dinov2_jax.evals.search import search
 from dinov2_jax.evals.splits import LAYOUT, add_crop_flags, labels_like, open_split, tested
 from dinov2_jax.evals.task import Run, Task, require_labels
 
@@ -42,6 +44,7 @@ def run(run: Run) -> Result:
         query_labels=query_labels,
         num_neighbors=flags.neighbors,
         temperature=flags.temperature,
+        search=functools.partial(search, say=run.say, is_shown=run.is_primary),
     )
     best = max(accuracy, key=accuracy.get)
     metrics = {f"top1_k{k}": 100 * value for k, value in accuracy.items()}
