@@ -2,4 +2,5 @@
 
 TASKS = {
     "knn": "weighted k-nearest neighbours, also with few labels",
+    "retrieval": "instance retrieval: Oxford, Paris, the Met, AmsterTime, or a list of your own",
 }
