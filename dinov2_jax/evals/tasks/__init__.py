@@ -2,5 +2,6 @@
 
 TASKS = {
     "knn": "weighted k-nearest neighbours, also with few labels",
+    "propagation": "masks carried through videos by patch features (DAVIS)",
     "retrieval": "instance retrieval: Oxford, Paris, the Met, AmsterTime, or a list of your own",
 }
