@@ -86,9 +86,11 @@ def test_a_bank_on_disk_is_read_in_pieces(features, tmp_path):
 
 
 def test_zeros_of_both_signs_are_equal():
-    bank = np.array([[-1, 0], [1, 0], [0, -1], [0, 1], [1, 0]], np.float32)
-    _, rows = nearest_neighbors(np.array([[0, 1], [0, -1]], np.float32), bank, k=4)
-    np.testing.assert_array_equal(rows, [[3, 0, 1, 4], [2, 0, 1, 4]])
+    """Of width 1 a product is no sum, which would begin at +0."""
+    bank = np.array([[-1], [1], [-2], [3]], np.float32)
+    similarities, rows = nearest_neighbors(np.zeros((1, 1), np.float32), bank, k=4)
+    np.testing.assert_array_equal(rows, [[0, 1, 2, 3]])
+    assert not np.signbit(similarities).any()
 
 
 def test_imagenet_is_planned():
@@ -165,6 +167,8 @@ def test_errors_name_value_and_cure(features):
         broken[[9, 11], 2] = bad
         for size in (5, 53):
             with pytest.raises(ValueError, match=r"bank: \d of 53 rows are not finite.*row 9"):
-                nearest_neighbors(queries, broken, k=1, bank_chunk_size=size, piece_bytes=1)
+                nearest_neighbors(
+                    queries, broken, k=1, bank_chunk_size=size, piece_bytes=1, mesh=mesh_of(1)
+                )
         with pytest.raises(ValueError, match=r"queries: 2 of 53 rows are not finite.*row 9"):
             nearest_neighbors(broken, bank, k=1)

@@ -3,11 +3,13 @@
 import dataclasses
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from dinov2_jax.convert.spec import ModelSpec
 from dinov2_jax.data.folder import open_files
 from dinov2_jax.data.image_ops import decode, resize_whole
 from dinov2_jax.data.records import BadImage, DataError, Record, Source
@@ -185,40 +187,50 @@ def fitted_features(
       ValueError: a size that is none.
     """
     source = open_exactly(names, at=at)
-    spec = run.model.spec
-    settings = dict(boxes=boxes, mean=spec.mean, patch_size=spec.patch_size)
-    groups = [np.arange(len(source))]
-    sizes = dict(resize_size_px=fit.size_px, crop_size_px=fit.size_px)
-    if fit.kind == "crop":
-        check_sizes(fit.resize_px, fit.size_px)
-        sizes["resize_size_px"] = fit.resize_px
-        sources = [FittedSource(source, fit, **settings) if boxes else source]
-    elif fit.kind == "pad":
-        sources = [FittedSource(source, fit, **settings)]
-    else:
-        whole = FittedSource(source, fit, **settings)
-        shapes = [whole.shape(i) for i in range(len(whole))]
-        known = sorted({shape for shape in shapes if shape is not None})
-        run.say(f"{at}: {len(names):,} images of {len(known)} sizes, each compiled once")
-        groups = [np.array([i for i, x in enumerate(shapes) if x == shape]) for shape in known]
-        sources = [FittedSource(source, fit, rows=rows, **settings) for rows in groups]
-        sizes = None
-    found, missing = None, set(range(len(source)))
-    for i, (rows, part) in enumerate(zip(groups, sources, strict=True)):
-        if fit.kind == "native":
-            sizes = dict(resize_size_px=min(known[i]), crop=False)
+    parts = list(_parts(source, fit, boxes=boxes, spec=run.model.spec))
+    if fit.kind == "native":
+        run.say(f"{at}: {len(names):,} images of {len(parts)} sizes, each compiled once")
+    found, is_missing = None, np.ones(len(source), bool)
+    for rows, part, sizes in parts:
         features = run.features(part, what=feature, **sizes)
-        vectors = [np.asarray(features[name], np.float32) for name in feature.split(",")]
-        if len(vectors) > 1:
-            norms = [np.linalg.norm(x, axis=1, keepdims=True) for x in vectors]
-            vectors = [x / np.maximum(n, 1e-12) for x, n in zip(vectors, norms, strict=True)]
+        vectors = _joined([features[name] for name in feature.split(",")])
         if found is None:
-            found = np.zeros((len(source), sum(x.shape[1] for x in vectors)), np.float32)
-        found[rows[features.ids]] = np.concatenate(vectors, axis=1)
-        missing -= set(rows[features.ids].tolist())
-    if missing:
+            found = np.zeros((len(source), vectors.shape[1]), np.float32)
+        rows = rows[features.ids]
+        found[rows], is_missing[rows] = vectors, False
+    if is_missing.any():
         raise DataError(
-            f"{len(missing)} of {len(source)} images of {at} cannot be read, the first is "
-            f"{source.name(min(missing))}; repair them"
+            f"{is_missing.sum()} of {len(source)} images of {at} cannot be read, the first is "
+            f"{source.name(int(is_missing.argmax()))}; repair them"
         )
     return found
+
+
+def _parts(
+    source: Source, fit: Fit, *, boxes: Sequence[Box | None] | None, spec: ModelSpec
+) -> Iterator[tuple[np.ndarray, Source, dict[str, Any]]]:
+    """Rows of the source that end up in one size, their images, and sizes for `Run.features`."""
+    everything = np.arange(len(source))
+    settings = dict(boxes=boxes, mean=spec.mean, patch_size=spec.patch_size)
+    fitted = FittedSource(source, fit, **settings)
+    if fit.kind == "crop":
+        check_sizes(fit.resize_px, fit.size_px)
+        sizes = dict(resize_size_px=fit.resize_px, crop_size_px=fit.size_px)
+        yield everything, fitted if boxes else source, sizes
+    elif fit.kind == "pad":
+        yield everything, fitted, dict(resize_size_px=fit.size_px, crop_size_px=fit.size_px)
+    else:
+        shapes = [fitted.shape(i) for i in range(len(source))]
+        for shape in sorted({shape for shape in shapes if shape is not None}):
+            rows = np.array([i for i, x in enumerate(shapes) if x == shape])
+            sizes = dict(resize_size_px=min(shape), crop=False)
+            yield rows, FittedSource(source, fit, rows=rows, **settings), sizes
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Features side by side, each at unit length where there are several."""
+    arrays = [np.asarray(x, np.float32) for x in arrays]
+    if len(arrays) == 1:
+        return arrays[0]
+    norms = [np.linalg.norm(x, axis=1, keepdims=True) for x in arrays]
+    return np.concatenate([x / np.maximum(n, 1e-12) for x, n in zip(arrays, norms, strict=True)], 1)

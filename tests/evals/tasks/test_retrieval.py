@@ -44,7 +44,13 @@ def run(data, out, *flags):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--size", 28, "--resize", 30), ("--fit", "pad", "--size", 28), ("--fit", "native")]
+    "flags",
+    [
+        ("--size", 28, "--resize", 30),
+        ("--size", 28, "--feature", "cls,mean"),
+        ("--fit", "pad", "--size", 28),
+        ("--fit", "native"),
+    ],
 )
 def test_pairs_are_found(pairs, tmp_path, flags):
     code, record = run(pairs, tmp_path / "out", *flags)
