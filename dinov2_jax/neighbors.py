@@ -212,8 +212,11 @@ def _unit_piece(piece: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def _unit_length(x: jax.Array) -> jax.Array:
     # Divided by the largest entry first: squares of 1e30 or 1e-30 leave the range of float32.
-    x = x / jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), jnp.finfo(x.dtype).tiny)
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    x = x / jnp.where(largest < jnp.finfo(x.dtype).tiny, 1, largest)
+    # Now a length is 1 or more, or 0. No smaller bound: XLA may multiply both divisors, and the
+    # product of two small ones is 0.
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1)
 
 
 def _check_finite(name: str, start: int, num_bad: int, first_bad: int, *, of: int) -> None:

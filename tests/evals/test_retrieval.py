@@ -84,6 +84,24 @@ def test_levels_as_published(level):
         score_level(orders[:1], [[]], [[1]], trapezoid=True)
 
 
+def test_what_is_junk_at_each_level():
+    """By hand; 1 is easy, 2 hard, 3 junk, 0 none of them."""
+    kinds, order = {"easy": [1], "hard": [2], "junk": [3]}, np.array([3, 2, 0, 1])
+    found = {
+        level: score_level(
+            [order],
+            *([[row for kind in names for row in kinds[kind]]] for names in chosen),
+            trapezoid=True,
+        ).mean_average_precision
+        for level, chosen in LEVELS.items()
+    }
+    assert found == {
+        "easy": pytest.approx((0 / 1 + 1 / 2) / 2),  # of 0, 1
+        "medium": pytest.approx((1 + (1 / 2 + 2 / 3) / 2) / 2),  # of 2, 0, 1
+        "hard": 1,  # of 2, 0
+    }
+
+
 def published_classifier(similarities, labels, num_classes, k, t):
     """The Met's kNN classifier for one query, step by step."""
     best = {}
