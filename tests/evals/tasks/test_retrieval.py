@@ -44,13 +44,7 @@ def run(data, out, *flags):
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        ("--size", 28, "--resize", 30),
-        ("--size", 28, "--feature", "cls,mean"),
-        ("--fit", "pad", "--size", 28),
-        ("--fit", "native"),
-    ],
+    "flags", [("--size", 28, "--resize", 30), ("--fit", "pad", "--size", 28), ("--fit", "native")]
 )
 def test_pairs_are_found(pairs, tmp_path, flags):
     code, record = run(pairs, tmp_path / "out", *flags)
@@ -59,6 +53,13 @@ def test_pairs_are_found(pairs, tmp_path, flags):
     assert record["counts"] == {"train": 6, "test": 6}
     with Image.open(tmp_path / "out" / "retrieval.png") as sheet:
         assert sheet.width > 8 * 100
+
+
+def test_two_features_side_by_side(pairs, tmp_path, capsys):
+    """CLS of pixels is 32 x 32, the mean patch 7 x 7, of three colours."""
+    code, record = run(pairs, tmp_path / "out", "--size", 28, "--feature", "cls,mean")
+    assert code == 0 and record["metrics"]["map"] > 50
+    assert f"width {3 * (32**2 + 7**2):,}:" in capsys.readouterr().out
 
 
 def test_a_list_with_levels_and_boxes(pairs, tmp_path):
