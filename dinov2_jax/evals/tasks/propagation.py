@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +31,7 @@ from dinov2_jax.storage import write_whole
 from dinov2_jax.visualize.sheets import save
 
 SHEET_FILE = "propagation.png"
+_PATCHES_AT_ONCE = 8_192  # in the network: attention's memory is what a frame costs
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -95,11 +97,13 @@ def run(run: Run) -> Result:
 
 def patch_features(run: Run, clip: Clip) -> Iterator[np.ndarray]:
     """Patch tokens `[h, w, d]` of frame after frame, computed in batches."""
-    for start in range(0, len(clip.frames), run.batch_size):
-        paths = clip.frames[start : start + run.batch_size]
-        images = run.model.preprocess(paths, resize_size_px=run.flags.size, crop=False)
-        grid = run.model.grid(*images.shape[1:3])
-        padding = ((0, run.batch_size - len(paths)), (0, 0), (0, 0), (0, 0))
+    sizes = dict(resize_size_px=run.flags.size, crop=False)
+    grid = run.model.grid(*run.model.preprocess(clip.frames[0], **sizes).shape[1:3])
+    count = max(min(run.batch_size, _PATCHES_AT_ONCE // math.prod(grid)), 1)
+    for start in range(0, len(clip.frames), count):
+        paths = clip.frames[start : start + count]
+        images = run.model.preprocess(paths, **sizes)
+        padding = ((0, count - len(paths)), (0, 0), (0, 0), (0, 0))
         patches = np.asarray(run.model(np.pad(images, padding)).patches, np.float32)
         if not np.isfinite(patches).all():
             raise ValueError(
@@ -140,16 +144,20 @@ def _score(run: Run, clip: Clip, key: str, masks: Iterator[np.ndarray]) -> None:
         for i in range(num_objects)
     ]
     text = json.dumps({"key": key, "objects": found}, indent=2) + "\n"
-    write_whole(epath.Path(_folder(run, clip).with_suffix(".json")), text)
+    write_whole(epath.Path(_scores_path(run, clip)), text)
 
 
 def _read(run: Run, clip: Clip, key: str) -> list[dict[str, Any]] | None:
     """What `_score` wrote of the same request; None where it did not."""
     try:
-        found = json.loads(_folder(run, clip).with_suffix(".json").read_text())
+        found = json.loads(_scores_path(run, clip).read_text())
     except (FileNotFoundError, ValueError):
         return None
     return found["objects"] if found["key"] == key else None
+
+
+def _scores_path(run: Run, clip: Clip) -> pathlib.Path:
+    return run.out / "masks" / f"{clip.name}.json"
 
 
 def _mask_paths(run: Run, clip: Clip) -> list[pathlib.Path]:
