@@ -51,7 +51,7 @@ def open_davis(data: str, *, names: Sequence[str] | None = None) -> list[Clip]:
 
     Args:
       data: see `LAYOUT`.
-      names: of clips, or one .txt file that lists them; None: all.
+      names: of clips, or one .txt file that lists them, from `data` on; None: all.
 
     Raises:
       DataError: no clip there, one that is missing, or one without the masks that it needs.
@@ -60,7 +60,7 @@ def open_davis(data: str, *, names: Sequence[str] | None = None) -> list[Clip]:
     frames, masks = (_clips_folder(root, part) for part in ("JPEGImages", "Annotations"))
     there = sorted(x.name for x in frames.iterdir() if x.is_dir())
     if names and len(names) == 1 and names[0].endswith(".txt"):
-        names = pathlib.Path(names[0]).expanduser().read_text().split()
+        names = (root / pathlib.Path(names[0]).expanduser()).read_text().split()
     names = there if names is None else names
     missing = sorted(set(names) - set(there))
     if missing or not names:

@@ -35,8 +35,9 @@ def test_clips(tmp_path, inner):
     masks, num_objects = read_masks(clips[0])
     assert num_objects == 1 and [int(x.max()) for x in masks] == [1, 0, 1]
     (tmp_path / "val.txt").write_text("b\n")
-    (clip,) = open_davis(str(tmp_path), names=[str(tmp_path / "val.txt")])
-    assert clip.name == "b"
+    for name in ("val.txt", str(tmp_path / "val.txt")):
+        (clip,) = open_davis(str(tmp_path), names=[name])
+        assert clip.name == "b"
 
 
 def test_errors_show_the_cure(tmp_path):

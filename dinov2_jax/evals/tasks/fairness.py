@@ -25,6 +25,7 @@ from dinov2_jax.evals.fairness import (
 )
 from dinov2_jax.evals.fairness_sets import LAYOUT, read_meanings, read_people
 from dinov2_jax.evals.fitted import open_exactly
+from dinov2_jax.evals.further_sets import located
 from dinov2_jax.evals.linear_probe import Columns, Variant
 from dinov2_jax.evals.probe_fit import (
     NUM_LAYERS,
@@ -45,7 +46,12 @@ RANKS = 5
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The task's own flags."""
     add = parser.add_argument
-    add("--train", metavar="DIR", help="train/ and val/ of a folder per class: the classifier's")
+    add(
+        "--train",
+        metavar="DIR",
+        help="train/ and val/, each with a folder per class: trains the classifier. This path and "
+        "the following start at the folder of --data",
+    )
     add("--head", metavar="FILE", help="or a classifier: of the task linear, or a released one")
     add("--classes", metavar="FILE", help="names of the head's classes, one a line")
     add(
@@ -91,8 +97,12 @@ def run(run: Run) -> Result:
     if flags.train:
         classifier, classes, settings = _train(run, what, sizes)
     else:
-        classifier, classes, settings = _read_head(flags, columns_of(features))
-    meanings = read_meanings(flags.meanings, classes, are_associations=people.concepts is None)
+        classifier, classes, settings = _read_head(run, columns_of(features))
+    meanings = read_meanings(
+        flags.meanings and _located(run, flags.meanings),
+        classes,
+        are_associations=people.concepts is None,
+    )
     logits = classifier.logits(features)
     ranked = top_classes(logits, RANKS)
     there = features.ids
@@ -143,7 +153,7 @@ def _by_group(run: Run, found, groups, households) -> tuple[dict[str, float], di
 
 def _train(run: Run, what: str, sizes) -> tuple[LinearClassifier, Sequence[str], dict[str, Any]]:
     """The best of the probe's grid on a labelled folder."""
-    data, flags = run.flags.train, run.flags
+    flags, data = run.flags, _located(run, run.flags.train)
     train = run.features(open_split(data, ("train",)), what=what, **sizes)
     val = run.features(open_split(data, ("val", "test", "validation")), what=what, **sizes)
     layout = "train/ and val/ (or test/), each with a folder of images per class"
@@ -169,10 +179,10 @@ def _train(run: Run, what: str, sizes) -> tuple[LinearClassifier, Sequence[str],
 
 
 def _read_head(
-    flags: argparse.Namespace, columns: Columns
+    run: Run, columns: Columns
 ) -> tuple[LinearClassifier, Sequence[str], dict[str, Any]]:
     """A file of weight `[c, d]` and bias `[c]`: what it sees follows from its width."""
-    path = pathlib.Path(flags.head).expanduser()
+    path = pathlib.Path(_located(run, run.flags.head))
     if path.suffix == ".safetensors":
         flat, facts = open_safetensors(path)
     else:
@@ -191,8 +201,8 @@ def _read_head(
             f"{path} sees {weight.shape[1]} numbers of an image, but this model has "
             f"{', '.join(f'{w} ({v.name})' for w, v in widths.items())}; it is of another model"
         )
-    if flags.classes:
-        classes = pathlib.Path(flags.classes).expanduser().read_text().splitlines()
+    if run.flags.classes:
+        classes = pathlib.Path(_located(run, run.flags.classes)).read_text().splitlines()
     else:
         classes = json.loads(facts.get("classes", "[]"))
     if len(classes) != len(weight):
@@ -203,6 +213,10 @@ def _read_head(
     classifier = LinearClassifier(variant.name, weight.T, bias, columns.of(variant))
     settings = {"classifier": variant.name, "head": os.path.basename(path)}
     return classifier, tuple(classes), settings
+
+
+def _located(run: Run, path: str) -> str:
+    return located(path, data=os.path.expanduser(os.path.dirname(run.data)))
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

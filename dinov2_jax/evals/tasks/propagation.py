@@ -37,7 +37,7 @@ _PATCHES_AT_ONCE = 8_192  # in the network: attention's memory is what a frame c
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The task's own flags."""
     add = parser.add_argument
-    add("--clips", nargs="+", metavar="NAME", help="names, or a .txt that lists them; default: all")
+    add("--clips", nargs="+", metavar="NAME", help="names, or a .txt of them from --data on")
     add("--size", type=positive, default=480, metavar="PX", help="short side (default 480)")
     add("--context", type=positive, default=7, metavar="N", help="frames beside the first")
     add("--neighbors", type=positive, default=5, metavar="K", help="patches that labels come from")
