@@ -15,7 +15,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # for a file, or for a whole room.
 LEVELS = (
     ("data", "cost", "beside"),
-    ("losses", "optim", "models", "convert", "augment", "neighbors", "config_rules", "preprocess"),
+    (
+        "losses",
+        "optim",
+        "models",
+        "convert",
+        "augment",
+        "neighbors",
+        "neighbors_plan",
+        "config_rules",
+        "preprocess",
+    ),
     ("sharding", "config", "hub", "distributed", "signals", "storage"),
     ("model", "compiler"),
     ("export",),

@@ -1,9 +1,14 @@
-"""The chunked search against one sort of all similarities."""
+"""The chunked search against one sort of all similarities, on one device and on eight."""
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from dinov2_jax.neighbors import nearest_neighbors
+from dinov2_jax.features.read import ShardedArray
+from dinov2_jax.neighbors import nearest_neighbors, seconds_per_step
+from dinov2_jax.neighbors_plan import make_plan
+from dinov2_jax.sharding import make_mesh
 
 
 def oracle(queries: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -31,6 +36,76 @@ def test_chunks_give_the_sort_of_everything(features, k, bank_chunk_size):
     np.testing.assert_array_equal(found[1], rows)
     np.testing.assert_allclose(found[0], similarities, atol=1e-6)
     assert found[0].dtype == np.float32 and found[1].dtype == np.int32
+
+
+def mesh_of(num_devices: int) -> Mesh:
+    return make_mesh(fsdp=min(2, num_devices), devices=jax.devices()[:num_devices])
+
+
+@pytest.mark.parametrize("num_devices", [2, 8])
+@pytest.mark.parametrize("k, piece_rows", [(1, 1000), (9, 8), (53, 24)])
+def test_devices_and_pieces_change_nothing(features, num_devices, k, piece_rows):
+    """To the last bit, ties among them: every row of the bank is there twice, far apart."""
+    queries, bank = features
+    bank = np.concatenate([bank, bank])
+    cut = dict(k=k, bank_chunk_size=4, query_chunk_size=3)
+    expected = nearest_neighbors(queries, bank, mesh=mesh_of(1), **cut)
+    cut |= dict(mesh=mesh_of(num_devices), piece_bytes=piece_rows // num_devices * 4 * 12)
+    steps = []
+    found = nearest_neighbors(queries, bank, on_step=steps.append, **cut)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+    if k > 1:
+        np.testing.assert_array_equal(found[1][:, 1], found[1][:, 0] + 53)
+    plan = make_plan(7, 106, 12, **cut)
+    assert steps == list(range(1, plan.num_steps + 1))
+    assert plan.num_pieces == {(2, 1000): 1, (2, 8): 14, (2, 24): 5}.get(
+        (num_devices, piece_rows), 4 if piece_rows < 1000 else 1
+    )
+
+
+def test_a_bank_on_disk_is_read_in_pieces(features, tmp_path):
+    queries, bank = features
+    reads = []
+
+    class Recorded(ShardedArray):
+        def __getitem__(self, key):
+            reads.append(key)
+            return super().__getitem__(key)
+
+    np.save(tmp_path / "a.npy", bank[:20])
+    np.save(tmp_path / "b.npy", bank[20:])
+    shards = [np.load(tmp_path / name, mmap_mode="r") for name in ("a.npy", "b.npy")]
+    cut = dict(k=5, bank_chunk_size=6)
+    found = nearest_neighbors(
+        queries, Recorded(shards, (12,), np.float32), mesh=mesh_of(2), piece_bytes=1, **cut
+    )
+    for ours, expected in zip(found, nearest_neighbors(queries, bank, **cut), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    assert sorted((key.start, key.stop) for key in reads) == [(i, i + 6) for i in range(0, 60, 6)]
+
+
+def test_zeros_of_both_signs_are_equal():
+    """Of width 1 a product is no sum, which would begin at +0."""
+    bank = np.array([[-1], [1], [-2], [3]], np.float32)
+    similarities, rows = nearest_neighbors(np.zeros((1, 1), np.float32), bank, k=4)
+    np.testing.assert_array_equal(rows, [[0, 1, 2, 3]])
+    assert not np.signbit(similarities).any()
+
+
+def test_imagenet_is_planned():
+    plan = make_plan(
+        50_000, 1_281_167, 1_536, k=200, mesh=mesh_of(8), piece_bytes=2**30, query_chunk_size=1_000
+    )
+    chunk_bytes = 4 * 16_384 * 1_536
+    assert plan.chunks_per_device == min(2**30 // chunk_bytes, -(-79 // 8)) == 10
+    assert (plan.num_pieces, plan.num_steps) == (1, 50)
+    streamed = make_plan(50_000, 1_281_167, 1_536, k=200, mesh=mesh_of(1), piece_bytes=2**30)
+    assert streamed.num_pieces == -(-79 // (2**30 // chunk_bytes)) == 8
+    table = 1_024 * (16_384 + 3 * 200)
+    expected = 4 * (2 * 10 * 16_384 * 1_536 + 2 * 1_024 * 1_536 + 4 * table)
+    assert streamed.device_bytes == expected
+    assert seconds_per_step(make_plan(4, 40, 3, k=2, bank_chunk_size=8)) > 0
 
 
 @pytest.mark.parametrize("bank_chunk_size", [2, 5, 40])
@@ -90,5 +165,10 @@ def test_errors_name_value_and_cure(features):
     for bad in (np.nan, np.inf):
         broken = bank.copy()
         broken[[9, 11], 2] = bad
-        with pytest.raises(ValueError, match=r"bank: 2 of 53 rows are not finite.*row 9"):
-            nearest_neighbors(queries, broken, k=1)
+        for size in (5, 53):
+            with pytest.raises(ValueError, match=r"bank: \d of 53 rows are not finite.*row 9"):
+                nearest_neighbors(
+                    queries, broken, k=1, bank_chunk_size=size, piece_bytes=1, mesh=mesh_of(1)
+                )
+        with pytest.raises(ValueError, match=r"queries: 2 of 53 rows are not finite.*row 9"):
+            nearest_neighbors(broken, bank, k=1)

@@ -22,6 +22,7 @@ def knn_accuracy(
     query_labels: np.ndarray,
     num_neighbors: Sequence[int],
     temperature: float = 0.07,
+    search: Callable[..., tuple[np.ndarray, np.ndarray]] = nearest_neighbors,
 ) -> dict[int, float]:
     """Share of queries whose class wins the vote, for every k of `num_neighbors`.
 

@@ -12,6 +12,7 @@ from dinov2_jax.evals.command import positive
 from dinov2_jax.evals.knn import few_shot_rows, knn_ranking
 from dinov2_jax.evals.results import Result
 from dinov2_jax.evals.scores import top_k_accuracy
+from dinov2_jax.evals.search import search
 from dinov2_jax.evals.splits import (
     LAYOUT,
     add_crop_flags,
@@ -63,9 +64,12 @@ def run(run: Run) -> Result:
         of=bank.label_names,
         at="the tested split",
     )
-    bank_features = np.asarray(bank["cls"])
+    bank_features = bank["cls"]
     rank = functools.partial(
-        knn_ranking, query_features=np.asarray(queries["cls"]), temperature=flags.temperature
+        knn_ranking,
+        query_features=queries["cls"],
+        temperature=flags.temperature,
+        search=functools.partial(search, say=run.say, is_shown=run.is_primary),
     )
     voters = [k for k in flags.neighbors if k <= len(bank)] or [len(bank)]
     if voters != flags.neighbors:

@@ -1,0 +1,145 @@
+"""The retrieval command on small sets whose answers are known: raw pixels find copies."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov2_jax.evals.__main__ import main
+from dinov2_jax.evals.fitted import Fit, FittedSource, cut_box, open_exactly, pad_to_square
+from dinov2_jax.evals.whitening import whitened
+
+
+def blobs(seed: int, height: int, width: int) -> np.ndarray:
+    """A smooth picture: copies stay similar when they are resized."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def write(path, image) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+    return path.name
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """AmsterTime's layout: six pairs, the old ones darker."""
+    for i in range(6):
+        image = blobs(i, 40, 50 + 2 * i)
+        write(tmp_path / "data" / "new" / f"{i}.png", image)
+        write(tmp_path / "data" / "old" / f"{i}.png", (0.8 * image).astype(np.uint8))
+    return tmp_path / "data"
+
+
+def run(data, out, *flags):
+    code = main(
+        ["retrieval", "--model", "pixels:7", "--data", str(data), "--out", str(out)]
+        + [str(x) for x in ("--batch-size", 1, "--threads", 2, *flags)]
+    )
+    record = json.loads((out / "result.json").read_text()) if code == 0 else None
+    return code, record
+
+
+@pytest.mark.parametrize(
+    "flags", [("--size", 28, "--resize", 30), ("--fit", "pad", "--size", 28), ("--fit", "native")]
+)
+def test_pairs_are_found(pairs, tmp_path, flags):
+    code, record = run(pairs, tmp_path / "out", *flags)
+    assert code == 0
+    assert record["metrics"]["map"] == record["metrics"]["p1"] == 100
+    assert record["counts"] == {"train": 6, "test": 6}
+    with Image.open(tmp_path / "out" / "retrieval.png") as sheet:
+        assert sheet.width > 8 * 100
+
+
+def test_two_features_side_by_side(pairs, tmp_path, capsys):
+    """CLS of pixels is 32 x 32, the mean patch 7 x 7, of three colours."""
+    code, record = run(pairs, tmp_path / "out", "--size", 28, "--feature", "cls,mean")
+    assert code == 0 and record["metrics"]["map"] > 50
+    assert f"width {3 * (32**2 + 7**2):,}:" in capsys.readouterr().out
+
+
+def test_a_list_with_levels_and_boxes(pairs, tmp_path):
+    """Of two positives, the copy is easy; a picture of another kind is hard, and comes last."""
+    new = [f"data/new/{i}.png" for i in range(6)]
+    query = {"image": "data/old/0.png", "easy": [new[0]], "hard": [new[5]], "box": [5, 5, 45, 35]}
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"database": new, "queries": [query]}))
+    code, record = run(path, tmp_path / "out", "--size", 28, "--query-boxes", "--whiten", 3)
+    assert code == 0
+    assert record["metrics"]["map_easy"] == 100
+    assert record["protocol"]["whitened_to"] == 3
+    assert record["details"]["average_precision_easy"] == [1.0]
+    query.pop("box")
+    path.write_text(json.dumps({"database": new, "queries": [query]}))
+    assert run(path, tmp_path / "out2", "--size", 28, "--query-boxes")[0] == 2
+
+
+def test_met(tmp_path, pairs):
+    records = {"MET_database": [], "valset": [], "testset": []}
+    for i in range(6):
+        records["MET_database"].append({"path": f"new/{i}.png", "id": 100 + i})
+        key = "valset" if i < 2 else "testset"
+        records[key].append({"path": f"old/{i}.png", "MET_id": 100 + i})
+    records["testset"][3].pop("MET_id")
+    for name, entries in records.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
+    (tmp_path / "images").symlink_to(pairs)
+    code, record = run(tmp_path, tmp_path / "out", "--fit", "crop", "--size", 28)
+    assert code == 0
+    assert record["metrics"]["gap_minus"] == record["metrics"]["acc"] == 100
+    assert record["counts"]["distractors"] == 1 and record["counts"]["classes"] == 6
+
+
+def test_errors_are_one_line(pairs, tmp_path, capsys):
+    assert run(pairs, tmp_path / "out", "--fit", "pad", "--resize", 40)[0] == 2
+    assert "--resize goes with --fit crop, not pad" in capsys.readouterr().err
+    assert run(pairs, tmp_path / "out", "--size", 28, "--whiten", 6)[0] == 2
+    assert "between 1 and the 5 directions" in capsys.readouterr().err
+    bad = pairs / "new" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    assert run(pairs, tmp_path / "new", "--size", 28)[0] == 2
+    error = capsys.readouterr().err
+    assert "new/3.png" in error and "cannot be read" in error and error.count("\n") == 1
+    bad.write_bytes(b"")
+    assert run(pairs, tmp_path / "new", "--size", 28)[0] == 2
+    assert "3.png: zero bytes" in capsys.readouterr().err
+
+
+def test_padding_keeps_the_aspect_and_is_the_mean():
+    image = np.full((20, 40, 3), 200, np.uint8)
+    padded = pad_to_square(image, 16, (0.5, 0.4, 0.2))
+    assert padded.shape == (16, 16, 3)
+    assert (padded[4:12] == 200).all()
+    assert (padded[:4] == [128, 102, 51]).all() and (padded[12:] == [128, 102, 51]).all()
+
+
+def test_native_sides_are_whole_patches(tmp_path):
+    names = [str(tmp_path / write(tmp_path / "a.png", blobs(0, 31, 63)))]
+    source = open_exactly(names, at="list")
+    settings = dict(mean=(0.5,) * 3, patch_size=7)
+    for size, expected in ((None, (28, 63)), (40, (21, 42)), (3, (7, 7))):
+        fitted = FittedSource(source, Fit(kind="native", size_px=size), **settings)
+        assert fitted.shape(0) == fitted[0].image.shape[:2] == expected
+    boxed = FittedSource(source, Fit(kind="native"), boxes=[(1.4, 2, 15.3, 30)], **settings)
+    assert boxed.shape(0) == boxed[0].image.shape[:2] == (28, 14)
+    np.testing.assert_array_equal(cut_box(np.arange(24).reshape(4, 6, 1), (1, 2, 3, 4))[0, 0], [13])
+    with pytest.raises(ValueError, match=r"box \[0, 0, 7, 2\] does not lie in its 6 x 4 px"):
+        cut_box(np.zeros((4, 6, 1)), (0, 0, 7, 2))
+
+
+def test_whitened_cosines_are_those_of_mahalanobis():
+    rng = np.random.default_rng(0)
+    database = rng.standard_normal((400, 5)) * [5, 3, 1, 1, 0.1]
+    found, other = whitened(5, database, 7 * database[:3])
+    np.testing.assert_allclose(found[:3], other, rtol=1e-5)
+    unit = database / np.linalg.norm(database, axis=1, keepdims=True)
+    unit -= unit.mean(axis=0)
+    inner = unit @ np.linalg.inv(np.cov(unit, rowvar=False)) @ unit.T
+    expected = inner / np.sqrt(np.outer(np.diag(inner), np.diag(inner)))
+    np.testing.assert_allclose(found @ found.T, expected, atol=1e-4)
+    assert whitened(2, database)[0].shape == (400, 2)
+    assert whitened(None, database)[0] is database
