@@ -146,8 +146,8 @@ def get_config() -> ConfigDict:
     config.dtype = "auto"
 
     # ---- speed only ----------------------------------------------------------------------------
-    # auto | none | dots | blocks: what the backward pass recomputes; auto is dots on CPU, where it
-    # is also the fastest, and none elsewhere.
+    # auto | none | dots | branches | blocks: what the backward pass recomputes; auto is dots on CPU
+    # and branches on TPU, where they are the fastest too, and none elsewhere.
     config.remat = "auto"
     # auto | xla | pallas (TPU) | cudnn (GPU, bfloat16); auto is pallas on TPU, cuDNN on Hopper and
     # later GPUs in bfloat16, and XLA elsewhere.
