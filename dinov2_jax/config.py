@@ -98,8 +98,8 @@ def load_config(
       ConfigError: one line, for anything that is wrong with the file or an override.
     """
     with _configs_package():
-        base = _run_file(REPOSITORY / "configs" / "base.py")
-        config = _run_file(pathlib.Path(path))
+        base = run_file(REPOSITORY / "configs" / "base.py")
+        config = run_file(pathlib.Path(path))
     defaults = flatten_config(base)
     _check_keys(config, defaults, path)
     for key, text in overrides:
@@ -252,7 +252,7 @@ def _configs_package():
         sys.modules.update(ours)
 
 
-def _run_file(path: pathlib.Path):
+def run_file(path: pathlib.Path):
     """`get_config()` of a file; any failure in it as one line with its place."""
     if not path.is_file():
         shipped = sorted(p.name for p in (REPOSITORY / "configs").glob("[a-z]*.py"))

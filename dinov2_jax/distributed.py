@@ -127,8 +127,8 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def meet() -> None:
-    """Waits until every process has come here, however long one of them compiles or reads.
+def meet(secs: int = _MEETING_SECS) -> None:
+    """Waits until every process has come here, `secs` seconds at most: one may compile or read.
 
     By way of the coordinator: the first collective of some devices gives up after half a minute.
     """
@@ -138,7 +138,7 @@ def meet() -> None:
         multihost.sync_global_processes(
             f"dinov2_jax meets {next(_MEETINGS)}",
             processes=set(range(jax.process_count())),
-            timeout=_MEETING_SECS,
+            timeout=secs,
         )
 
 

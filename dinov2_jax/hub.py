@@ -13,6 +13,7 @@ import pathlib
 import urllib.request
 from collections.abc import Iterator
 
+from dinov2_jax.beside import written_beside
 from dinov2_jax.convert.read import read_source
 from dinov2_jax.convert.torch_file import require_torch
 
@@ -88,23 +89,18 @@ def released(name: str) -> pathlib.Path:
             f"${URL_VARIABLE}={base!r} must start with https://, http:// or file://; add it"
         )
     url = f"{base}/dinov2_{size}/{path.name}"
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")  # several may fetch it at once
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _download(url, part)
+        # Several may fetch it at once.
+        with written_beside(path, mark=f"{os.getpid()}") as beside:
+            _download(url, beside)
+            _verify(name, beside, record=path)
     except OSError as error:  # urllib's errors are among them
-        part.unlink(missing_ok=True)
         reason = getattr(error, "reason", None) or error
         raise FileNotFoundError(
             f"{name} is not in {folder}, and {url} could not be fetched ({reason}); put the "
             f"released file there as {path}, or a converted one as {folder / name}.safetensors"
         ) from error
-    try:
-        _verify(name, part, record=path)
-    except ValueError:
-        part.unlink()
-        raise
-    part.replace(path)
     return path
 
 
@@ -131,9 +127,8 @@ def _verify(name: str, path: pathlib.Path, record: pathlib.Path | None = None) -
             f"not {found}; fetch the released file again"
         )
     with contextlib.suppress(OSError):  # a read-only cache is used as it is
-        beside = record.with_name(f"{record.name}.part-{os.getpid()}")
-        beside.write_text(f"{digest}  {record.name.removesuffix('.sha256')}\n")
-        beside.replace(record)
+        with written_beside(record, mark=f"{os.getpid()}") as beside:
+            beside.write_text(f"{digest}  {record.name.removesuffix('.sha256')}\n")
 
 
 def _sha256(path: pathlib.Path) -> str:
@@ -145,7 +140,7 @@ def _download(url: str, path: pathlib.Path) -> None:
     """Fetches a file with a progress bar; a length that falls short is an OSError."""
     with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as file:
         length = int(response.headers.get("Content-Length") or 0)
-        with _progress(path.stem, length) as advance:
+        with _progress(url.rpartition("/")[2], length) as advance:
             while chunk := response.read(_CHUNK_BYTES):
                 file.write(chunk)
                 advance(len(chunk))

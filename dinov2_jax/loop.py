@@ -19,10 +19,12 @@ from dinov2_jax import guards
 from dinov2_jax.checkpoints import Checkpoints
 from dinov2_jax.distributed import Exchange, Word, is_primary
 from dinov2_jax.feed import Feed
+from dinov2_jax.goodput import Goodput
 from dinov2_jax.metrics import MetricsWriter
 from dinov2_jax.optim.schedules import Hyperparameters, Schedules
 from dinov2_jax.progress import Display, format_step
 from dinov2_jax.rhythm import Rhythm
+from dinov2_jax.speed import Speed
 from dinov2_jax.storage import made_locally
 from dinov2_jax.train_state import TrainState
 from dinov2_jax.workdir import BadImages
@@ -51,6 +53,7 @@ def new_books() -> dict[str, Any]:
         "collapse": guards.new_collapse_state(),
         "evaluated_step": -1,
         "evaluation": None,  # what the kNN in these books was measured on
+        "secs": {},  # of the run so far, see `goodput`
         "best": None,  # or {"step": ..., "value": ...} of the best in-run kNN
     }
 
@@ -74,6 +77,7 @@ class Loop:
       train_step: (state, device batch, hyperparameters) -> (state, metrics); donates the state.
       schedules, feed: of the hyperparameters and of the batches.
       images_per_step: the global batch size.
+      speed, goodput: how fast steps are; where the time goes.
       rhythm, limits: when things happen.
       checkpoints, writer, display, bad_images: where things go.
       evaluate: (teacher parameters, step) -> metrics by name; None: no evaluation.
@@ -93,6 +97,8 @@ class Loop:
     schedules: Schedules
     feed: Feed
     images_per_step: int
+    speed: Speed
+    goodput: Goodput
     rhythm: Rhythm
     limits: Limits
     checkpoints: Checkpoints
@@ -121,6 +127,7 @@ class Loop:
         The checkpoint of the last step tells that a run is finished, so it must come after
         everything else that a finished run leaves.
         """
+        self.goodput.begin("step")
         self._restart_clock()
         while True:
             # What the last step owes is paid even if a signal came: its checkpoint says finished.
@@ -142,7 +149,9 @@ class Loop:
             self.books["bad_records"] = sorted(self.bad_images.records)
             self.bad_images.flush()
             self.writer.flush()
-            self.checkpoints.save(self.step, self.state, self.books)
+            with self.goodput.spent_on("checkpoint"):
+                self.books["secs"] = self.goodput.secs()
+                self.checkpoints.save(self.step, self.state, self.books)
 
     def _one_step(self) -> None:
         """Dispatches a step, sends the next batch after it, then looks at the step before."""
@@ -155,12 +164,9 @@ class Loop:
         word = self.exchange.say(fed.host.bad_record)
         self._pending.append(_Dispatched(self.step, metrics, hyper, word))
         if self.step < self.rhythm.total:
-            try:
-                self.feed.peek()
-            except Exception:
-                # A signal to the whole process group (Ctrl-C) ends the data workers as well.
-                if self.exchange.signals.received is None:
-                    raise
+            waited = self.feed.wait_secs
+            self.feed.peek(computing=metrics)
+            self.goodput.move(self.feed.wait_secs - waited, "data_wait")
         # One step stays in flight, so that the device never waits for the books.
         self._settle(1)
         self.display.advance(self.step)
@@ -171,7 +177,11 @@ class Loop:
         if self.step == first:
             self._settle(0)
             folder = self._tracing.enter_context(made_locally(self.workdir / "profile"))
-            self._tracing.enter_context(jax.profiler.trace(str(folder)))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = (
+                0  # every call of the decoding threads would drown the step
+            )
+            self._tracing.enter_context(jax.profiler.trace(str(folder), profiler_options=options))
             self._is_tracing = True
         elif self.step >= last:
             self._stop_trace()
@@ -203,9 +213,9 @@ class Loop:
         values["bad_images"] = self.bad_images.count
         values["nonfinite_steps"] = self.books["nonfinite_steps"]
         values["collapse_warning"] = self._watch_collapse(step, values)
-        values["step_secs"] = elapsed / self._settled
-        values["images_per_sec"] = self.images_per_step * self._settled / elapsed
+        values |= self.speed.fields(elapsed / self._settled)
         values["data_wait_share"] = min(self.feed.wait_secs / elapsed, 1.0)
+        values |= self.goodput.fields()
         self.writer.write(step, values)
         self.display.show(step, format_step(values))
         self._restart_clock()
@@ -250,7 +260,8 @@ class Loop:
         if "evaluate" in due:
             self._evaluate()
         if "teacher" in due:
-            self.write_teacher(self.state.teacher, self.step)
+            with self.goodput.spent_on("checkpoint"):
+                self.write_teacher(self.state.teacher, self.step)
         if "checkpoint" in due and step < rhythm.total:
             self.save()
         self._restart_clock()
@@ -258,7 +269,8 @@ class Loop:
     def _evaluate(self) -> None:
         started = time.perf_counter()
         try:
-            values = self.evaluate(self.state.teacher, self.step)
+            with self.goodput.spent_on("evaluate"):
+                values = self.evaluate(self.state.teacher, self.step)
         except ValueError as error:  # no readable image, or features that are not finite
             raise guards.StopRun(
                 f"the evaluation after step {self.step} failed: {error}"

@@ -18,17 +18,13 @@ from typing import Any
 
 from etils import epath
 
+from dinov2_jax import goodput, speed
 from dinov2_jax.config_rules import ConfigError
 from dinov2_jax.storage import GrowingFile, is_url, upload, write_whole
 
 METRICS_FILE = "metrics.jsonl"
 # The fields that depend on the machine and the moment: all others repeat bit for bit.
-TIMING_FIELDS = (
-    "images_per_sec",
-    "step_secs",
-    "data_wait_share",
-    "eval_secs",
-)
+TIMING_FIELDS = ("data_wait_share", "eval_secs", *speed.FIELDS, *goodput.FIELDS)
 # Packages whose versions decide what a run computes.
 PACKAGES = (
     "dinov2_jax jax jaxlib flax optax orbax-checkpoint grain ml-collections einops numpy pillow "
@@ -154,20 +150,36 @@ def kept_lines(
 
     Of evaluations (lines with `eval_secs`) those up to `evaluated_step` only, unless it is None.
     """
-    if restored_step is None or not path.exists():
+    if restored_step is None:
         return []
     kept = []
-    text = path.read_bytes().decode(errors="replace")
-    for line in text.split("\n")[:-1]:  # after the last newline: half a line, or none
-        try:
-            values = json.loads(line)
-            step = values["step"]
-        except (ValueError, KeyError, TypeError):
-            continue  # a line that a full disk cut short, before a later one
+    for line, values in _complete_lines(path):
+        step = values["step"]
         is_known = "eval_secs" not in values or evaluated_step is None or step <= evaluated_step
         if step <= restored_step and is_known:
             kept.append(line)
     return kept
+
+
+def _complete_lines(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a file that a kill may have left in any state, as they are and as values."""
+    if not path.exists():
+        return []
+    lines = []
+    text = path.read_bytes().decode(errors="replace")
+    for line in text.split("\n")[:-1]:  # after the last newline: half a line, or none
+        try:
+            values = json.loads(line)
+            values["step"]
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a full disk cut short, before a later one
+        lines.append((line, values))
+    return lines
+
+
+def lines_left(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """What the starts before this one have written, however they ended."""
+    return [values for _, values in _complete_lines(epath.Path(workdir) / METRICS_FILE)]
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:

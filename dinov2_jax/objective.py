@@ -143,16 +143,17 @@ def teacher_targets(
     target_rows, shared, centers = {}, {}, dict(centers)
     for loss, loss_rows in rows.items():
         is_real = mask_weights > 0 if loss == "ibot" else jnp.ones(loss_rows.shape[:-1], bool)
-        (target_rows[loss], shared[loss]), centers[loss] = losses.heads.targets(
-            network.head(loss, teacher),
-            loss_rows,
-            is_real=is_real,
-            center=centers[loss],
-            temp=teacher_temp,
-            centering=losses.centering,
-            num_sinkhorn_iters=losses.num_sinkhorn_iters,
-            center_momentum=losses.center_momentum,
-        )
+        with jax.named_scope(losses.centering):
+            (target_rows[loss], shared[loss]), centers[loss] = losses.heads.targets(
+                network.head(loss, teacher),
+                loss_rows,
+                is_real=is_real,
+                center=centers[loss],
+                temp=teacher_temp,
+                centering=losses.centering,
+                num_sinkhorn_iters=losses.num_sinkhorn_iters,
+                center_momentum=losses.center_momentum,
+            )
     targets = Targets(target_rows, shared)
     watch = {}
     if "dino" in rows:

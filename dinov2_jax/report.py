@@ -1,13 +1,14 @@
 """What a run says about itself in words: the start-up table, and the last lines."""
 
+import collections
 import math
 from collections.abc import Mapping, Sequence
 
 import jax
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from dinov2_jax.sharding import batch_shards, bytes_per_device
+from dinov2_jax.sharding import batch_shards, bytes_per_device, path_names
 from dinov2_jax.train_state import TrainState
 
 
@@ -61,7 +62,38 @@ def start_table(
         f"activations about {megabytes(activation_bytes)} (estimates)",
     }
     width = max(len(name) for name in rows)
+    shards = f"\n  {'':<{width}}  ".join(sharding_lines(state.student))
+    rows["shards"] = shards
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
+
+
+def sharding_lines(params: Mapping) -> list[str]:
+    """How the parameters are cut, a line for each way; the teacher and Adam's moments go alike.
+
+    Args:
+      params: abstract, with shardings.
+    """
+    ways = collections.defaultdict(dict)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        ways[str(leaf.sharding.spec)]["/".join(path_names(path))] = leaf
+    sizes = {way: sum(4 * leaf.size for leaf in leaves.values()) for way, leaves in ways.items()}
+    lines = []
+    for way in sorted(ways, key=sizes.get, reverse=True):
+        leaves, size = ways[way], megabytes(sizes[way])
+        name, leaf = max(leaves.items(), key=lambda item: item[1].size)
+        count = f"{len(leaves)} array{'s' * (len(leaves) > 1)}"
+        largest = f"the largest {name} {list(leaf.shape)}"
+        lines.append(f"{_cut(leaf.sharding.spec)}: {count}, {size}, {largest}")
+    return lines
+
+
+def _cut(spec: PartitionSpec) -> str:
+    """ "axis 2 over fsdp", "whole on each device"."""
+    parts = []
+    for axis, over in enumerate(spec):
+        if over:
+            parts.append(f"axis {axis} over {over if isinstance(over, str) else ' x '.join(over)}")
+    return ", ".join(parts) or "whole on each device"
 
 
 def parameter_line(params: Mapping) -> str:

@@ -7,9 +7,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 
 HANDLED = (signal.SIGTERM, signal.SIGINT)
+# Sooner than this a second signal is the first: launchers pass on what all processes had already.
+SAME_SIGNAL_SECS = 1.0
 
 
 class StopSignals:
@@ -20,6 +23,7 @@ class StopSignals:
 
     def __init__(self):
         self.received: int | None = None
+        self._received_at = 0.0
         self._previous = {}
 
     def __enter__(self) -> "StopSignals":
@@ -34,8 +38,10 @@ class StopSignals:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:
-            os._exit(128 + number)
-        self.received = number
+            if time.monotonic() - self._received_at >= SAME_SIGNAL_SECS:
+                os._exit(128 + number)
+            return
+        self.received, self._received_at = number, time.monotonic()
         name = signal.Signals(number).name
         # Not print: the handler may interrupt one.
         text = f"\n{name}: stopping where nothing is lost; once more to stop at once\n"

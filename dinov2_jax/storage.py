@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from dinov2_jax.beside import written_beside
+
 # An object that grows is written whole each time: not at every line.
 SECS_BETWEEN_WRITES = 60.0
 
@@ -24,13 +26,12 @@ def is_url(path: epath.PathLike) -> bool:
 
 def write_whole(path: epath.Path, content: str | bytes) -> None:
     """Writes a small file so that it is there whole or as it was."""
-    written = path if is_url(path) else path.with_name(f"{path.name}.tmp")
-    if isinstance(content, str):
-        written.write_text(content)
-    else:
-        written.write_bytes(content)
-    if written != path:
-        written.replace(path)
+    content = content.encode() if isinstance(content, str) else content
+    if is_url(path):
+        path.write_bytes(content)
+        return
+    with written_beside(path) as beside:
+        beside.write_bytes(content)
 
 
 class GrowingFile:

@@ -18,7 +18,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from dinov2_jax import compiler, distributed, inputs, report, startup
+from dinov2_jax import compiler, distributed, inputs, report, startup, workload
 from dinov2_jax import config as config_lib
 from dinov2_jax import metrics as metrics_lib
 from dinov2_jax.checkpoints import Checkpoints, KeepPolicy
@@ -27,6 +27,7 @@ from dinov2_jax.convert.spec import METADATA_KEY, SPEC_FILE, ModelSpec
 from dinov2_jax.data.records import DataError
 from dinov2_jax.feed import Feed
 from dinov2_jax.flags import parse_flags
+from dinov2_jax.goodput import Goodput
 from dinov2_jax.guards import NONFINITE_FOLDER, StopRun
 from dinov2_jax.loop import Limits, Loop, new_books
 from dinov2_jax.progress import Display, format_secs
@@ -47,7 +48,8 @@ from dinov2_jax.workdir import (
 )
 
 STOPPED, WRONG_INPUT = 1, 2
-CROPS_FILE, PATCHES_FILE = PICTURES = "crops.png", "pca.png"
+CROPS_FILE, PATCHES_FILE = "crops.png", "pca.png"
+LEFTOVERS = (CROPS_FILE, PATCHES_FILE, BAD_IMAGES_FILE, NONFINITE_FOLDER)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,6 +104,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
     """Starts or resumes the run of a workdir; returns the exit code. Every process calls it."""
     is_primary = distributed.is_primary()
     say = functools.partial(print, flush=True) if is_primary else lambda *_: None
+    goodput = Goodput()
     distributed.check_same("configuration", config_lib.to_json(config))
     check_shared(workdir)
     keep = KeepPolicy(
@@ -115,8 +118,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
                 say(f"{workdir}: this run is finished, all {config.total_steps} steps are done")
                 return 0
         else:
-            leftovers = (*PICTURES, BAD_IMAGES_FILE, NONFINITE_FOLDER)
-            distributed.on_primary(lambda: clear_leftovers(workdir, leftovers))
+            distributed.on_primary(lambda: clear_leftovers(workdir, LEFTOVERS))
         source = distributed.together(lambda: inputs.open_data(config))
         say(source.describe())
         distributed.check_same("number of images", f"{len(source)}")
@@ -146,6 +148,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
         # Only now: a run that could not be restored must keep the configuration it was made with.
         distributed.on_primary(lambda: write_records(config, workdir, mesh, spec))
         step, state, books = restored or (0, trainer.init(), new_books())
+        goodput.carry(books.get("secs", {}), metrics_lib.lines_left(workdir) if is_primary else [])
         restored_step = step if restored else None
         if restored:
             say(f"resumed from step {step}")
@@ -167,17 +170,18 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
                 config=config.to_dict(),
             )
 
-        writer = distributed.on_primary(open_writer) or metrics_lib.NoWriter()
-        stack.enter_context(writer)
+        writer = stack.enter_context(distributed.on_primary(open_writer) or metrics_lib.NoWriter())
         loop = Loop(
             workdir=workdir,
             state=state,
             step=step,
             books=books,
-            train_step=compile_step(trainer, state, feed, step, say=say),
+            train_step=compile_step(trainer, state, feed, step, goodput=goodput, say=say),
             schedules=trainer.schedules,
             feed=feed,
             images_per_step=config.global_batch_size,
+            speed=workload.measure(config, trainer),
+            goodput=goodput,
             rhythm=build_rhythm(config),
             limits=Limits(
                 max_nonfinite_steps=config.guards.max_nonfinite_steps,
@@ -205,12 +209,9 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
             loop.last_evaluation |= {key: x for key, x in line.items() if key.startswith("knn/")}
         distributed.meet()
         if not loop.run():
-            loop.save()
-            checkpoints.wait()
-            is_saved = "and saved " if loop.step else ""
-            loop.display.line(
-                f"stopped {is_saved}after step {loop.step}; the same command goes on from there"
-            )
+            save_last(loop)
+            done = f"{'and saved ' if loop.step else ''}after step {loop.step}"
+            loop.display.line(f"stopped {done}; the same command goes on from there")
             return 128 + loop.exchange.stop
         finish(config, loop, trainer, source)
         return 0
@@ -236,11 +237,14 @@ def write_records(config, workdir: epath.Path, mesh: Mesh, spec: ModelSpec) -> N
     metrics_lib.add_environment(workdir, environment)
 
 
-def compile_step(trainer: startup.Trainer, state, feed: Feed, step: int, *, say: Callable):
+def compile_step(
+    trainer: startup.Trainer, state, feed: Feed, step: int, *, goodput: Goodput, say: Callable
+):
     """Compiles the train step for the batches of this run, and says how long that took."""
+    batch = feed.peek().device
     started = time.perf_counter()
-    lowered = trainer.train_step.lower(state, feed.peek().device, trainer.schedules.at(step))
-    compiled = lowered.compile()
+    with goodput.spent_on("compile"):
+        compiled = trainer.train_step.lower(state, batch, trainer.schedules.at(step)).compile()
     text = f"compiled the step in {format_secs(time.perf_counter() - started)}"
     memory = compiled.memory_analysis()
     if memory is not None:
@@ -262,18 +266,26 @@ def build_rhythm(config) -> Rhythm:
     )
 
 
+def save_last(loop: Loop) -> None:
+    """Saves, waits until it is written, and says where the time went."""
+    loop.save()
+    with loop.goodput.spent_on("checkpoint"):
+        loop.checkpoints.wait()
+    loop.display.line(loop.goodput.describe())
+
+
 def finish(config, loop: Loop, trainer: startup.Trainer, source) -> None:
     """Draws, saves the last checkpoint, and says what lies where and what to try next."""
     if config.pictures:
         try:
-            inputs.draw_patches(
-                config, trainer, source, loop.state.teacher, loop.workdir / PATCHES_FILE
-            )
+            with loop.goodput.spent_on("evaluate"):
+                inputs.draw_patches(
+                    config, trainer, source, loop.state.teacher, loop.workdir / PATCHES_FILE
+                )
         # A picture is not worth a run: whatever goes wrong, the network is saved.
         except Exception as error:
             loop.display.line(f"warning: {PATCHES_FILE} could not be drawn ({error})")
-    loop.save()
-    loop.checkpoints.wait()
+    save_last(loop)
     for line in report.last_words(
         workdir=loop.workdir,
         metrics=loop.last_evaluation,

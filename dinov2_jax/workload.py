@@ -15,6 +15,8 @@ from dinov2_jax.models.drop_path import num_kept
 from dinov2_jax.models.heads import DINOHead
 from dinov2_jax.models.layers import ffn_hidden_dim
 from dinov2_jax.sharding import DEVICE_FIELDS, batch_sharding
+from dinov2_jax.speed import Speed
+from dinov2_jax.startup import Trainer
 from dinov2_jax.train_state import Network
 
 
@@ -83,6 +85,17 @@ def count_flops(config, network: Network) -> Flops:
     return Flops(
         model=step_flops(**sizes),
         executed=step_flops(**sizes, kept_global=kept(2), kept_local=kept(crops.num_local_crops)),
+    )
+
+
+def measure(config, trainer: Trainer) -> Speed:
+    """What is known of a step's speed before it is timed."""
+    flops = count_flops(config, trainer.network)
+    return Speed(
+        images=config.global_batch_size,
+        model_flops=flops.model,
+        executed_flops=flops.executed,
+        devices=list(trainer.mesh.devices.flat),
     )
 
 

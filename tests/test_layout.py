@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the inside out: a file imports from its own level and those before it only. A name stands
 # for a file, or for a whole room.
 LEVELS = (
-    ("data", "cost"),
+    ("data", "cost", "beside"),
     ("losses", "optim", "models", "convert", "augment", "neighbors", "config_rules", "preprocess"),
     ("sharding", "config", "hub", "distributed", "signals", "storage"),
     ("model", "compiler"),
@@ -22,6 +22,8 @@ LEVELS = (
     ("train_state",),
     ("objective",),
     (
+        "goodput",
+        "speed",
         "train_step",
         "checkpoints",
         "flags",

@@ -4,15 +4,18 @@ import dataclasses
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from dinov2_jax.distributed import Exchange
+from dinov2_jax.goodput import Goodput
 from dinov2_jax.guards import StopRun
 from dinov2_jax.loop import Limits, Loop, new_books
 from dinov2_jax.optim.schedules import Hyperparameters
 from dinov2_jax.rhythm import Rhythm
 from dinov2_jax.sharding import make_mesh
+from dinov2_jax.speed import Speed
 
 
 def test_books_are_json():
@@ -64,6 +67,8 @@ def _loop(calls, *, stop_at: int, total: int = 3, evaluate=None, keep_best=False
         schedules=types.SimpleNamespace(at=lambda step: Hyperparameters(0, 0, 0, 0, 0)),
         feed=parts,
         images_per_step=2,
+        speed=Speed(images=2, model_flops=1.0, executed_flops=1.0, devices=jax.devices()[:1]),
+        goodput=Goodput(),
         rhythm=Rhythm(total=total, log=1, checkpoint=0, evaluate=0, teacher=0),
         limits=Limits(max_nonfinite_steps=0, check_collapse=False, warmup_steps=0),
         checkpoints=parts,

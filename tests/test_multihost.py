@@ -68,19 +68,28 @@ def test_one_process_speaks_and_writes(two):
 
 
 def children(pid: int) -> list[int]:
-    path = pathlib.Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in path.read_text().split()]
+    tasks = pathlib.Path(f"/proc/{pid}/task").glob("*/children")  # a thread may have started them
+    return sorted(int(child) for path in tasks for child in path.read_text().split())
+
+
+def descendants(pid: int) -> list[int]:
+    return [pid for child in children(pid) for pid in (child, *descendants(child))]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
-def test_a_signal_to_one_process_stops_both_and_any_number_goes_on(two, cache, tmp_path):
-    process = launch(tmp_path, cache)
+def test_a_signal_to_one_host_stops_both_and_any_number_goes_on(two, cache, tmp_path):
+    """All that runs on it gets the signal, the data workers too, whose batches are still needed."""
+    process = launch(tmp_path, cache, loader__num_workers=1, loader__prefetch_batches=1)
     metrics = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 400
     while not (metrics.exists() and '"step": 2,' in metrics.read_text()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    os.kill(children(process.pid)[1], signal.SIGTERM)  # not the one that writes
+    _, host = children(process.pid)  # not the one that writes
+    workers = descendants(host)
+    assert workers
+    for pid in (*workers, host):
+        os.kill(pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 143, output
     assert "stopped and saved after step" in output

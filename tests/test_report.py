@@ -10,8 +10,10 @@ from dinov2_jax.train_state import TrainState
 
 
 def test_the_table_counts_parameters_bytes_and_images():
-    mesh = make_mesh(data=2, fsdp=4)
-    params = {"backbone": {"w": jnp.zeros((1000, 500))}, "dino_head": {"w": jnp.zeros((250, 10))}}
+    mesh = make_mesh(data=1, fsdp=4, model=2)
+    head = {"w": jnp.zeros((250, 10)), "last_layer": {"weight_v": jnp.zeros((600, 400))}}
+    backbone = {"v": jnp.zeros((100, 500)), "w": jnp.zeros((1000, 500)), "x": jnp.zeros((8, 2))}
+    params = {"backbone": backbone, "dino_head": head}
     scalar = jnp.zeros((), jnp.int32)
     state = TrainState(scalar, params, params, {"mu": params, "nu": params}, {})
     state = abstract_like(state, tree_sharding(state, mesh, min_size_to_shard_mb=0.1))
@@ -29,11 +31,19 @@ def test_the_table_counts_parameters_bytes_and_images():
         epochs=1.5,
         total_steps=1000,
     )
-    assert "data 2 x fsdp 4 x model 1, of 8 x cpu" in table
-    assert "backbone 0.5 M, dino_head 0.0025 M" in table
-    assert "64 images, 16 x 4 in groups; 8 images a device" in table
-    # Four copies; the large matrix is cut over fsdp = 4, the small one replicated.
-    assert f"state {report.megabytes(4 * 4 * (500_000 / 4 + 2_500) + 8)}" in table
+    assert "data 1 x fsdp 4 x model 2, of 8 x cpu" in table
+    assert "backbone 0.55 M, dino_head 0.2425 M" in table
+    assert "64 images, 16 x 4 in groups; 16 images a device" in table
+    # Four copies; large matrices are cut over fsdp = 4, the prototypes over both, the rest whole.
+    assert f"state {report.megabytes(4 * 4 * (550_000 / 4 + 2_516 + 240_000 / 8) + 8)}" in table
+    ways = [line.strip() for line in table.splitlines()[-4:]]
+    assert ways == [
+        "shards            axis 0 over fsdp: 1 array, 2 MB, the largest backbone/w [1000, 500]",
+        "axis 0 over model x fsdp: 1 array, 0.96 MB, the largest dino_head/last_layer/weight_v "
+        "[600, 400]",
+        "axis 1 over fsdp: 1 array, 0.2 MB, the largest backbone/v [100, 500]",
+        "whole on each device: 2 arrays, 0.0101 MB, the largest dino_head/w [250, 10]",
+    ]
     assert "about 3 GB" in table and "1,000, 1.5 passes" in table
 
 

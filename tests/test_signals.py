@@ -21,13 +21,15 @@ def test_the_first_is_noted_and_the_handlers_come_back(number):
     assert [signal.getsignal(handled) for handled in HANDLED] == before
 
 
-def test_the_second_ends_the_process_at_once():
+def test_the_second_ends_the_process_at_once_if_it_is_not_the_first_passed_on():
     program = (
         "import os, signal\n"
-        "from dinov2_jax.signals import StopSignals\n"
-        "with StopSignals() as stop:\n"
+        "from dinov2_jax import signals\n"
+        "with signals.StopSignals() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)  # passed on by a launcher\n"
         "    print(stop.received, flush=True)\n"
+        "    signals.SAME_SIGNAL_SECS = 0\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('not reached', flush=True)\n"
     )

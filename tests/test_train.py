@@ -58,7 +58,8 @@ def test_a_run_leaves_a_workdir_that_explains_itself_and_no_key_is_unread(
     for name in ("crops.png", "pca.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.width > 100
-    assert list((tmp_path / "tensorboard").iterdir()) and list((tmp_path / "profile").rglob("*.pb"))
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert_is_trace_of(tmp_path / "profile", steps=[2, 3])
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 8, 12]
     assert written_config(tmp_path)["total_steps"] == 12
     start_entry = json.loads((tmp_path / "environment.json").read_text())["starts"][0]
@@ -87,6 +88,17 @@ def test_a_run_leaves_a_workdir_that_explains_itself_and_no_key_is_unread(
     assert unread == set()
 
 
+def assert_is_trace_of(folder: pathlib.Path, steps: list[int]):
+    """That xprof can read the trace, which has these steps and the scopes of their program."""
+    (file,) = folder.glob("plugins/profile/*/*.xplane.pb")  # where xprof looks
+    planes = {plane.name: plane for plane in jax.profiler.ProfileData.from_file(str(file)).planes}
+    events = [event for line in planes["/host:CPU"].lines for event in line.events]
+    found = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
+    assert found == steps
+    for scope in ("augment", "teacher", "targets/sinkhorn_knopp", "student", "optimizer", "ema"):
+        assert f"jit(train_step)/{scope}/".encode() in file.read_bytes(), scope
+
+
 def _quickstart(**overrides):
     flags = parse_flags(arguments(pathlib.Path("unused"), **overrides))
     return flags.config, flags.overrides
@@ -103,7 +115,9 @@ def test_metrics_have_every_name_and_add_up(finished):
         dino_ce_over_log_k ibot_ce_over_log_k teacher_entropy student_entropy prototypes_in_use
         feature_std feature_rank grad_norm/backbone grad_norm/dino_head grad_norm/ibot_head
         learning_rate last_layer_learning_rate weight_decay teacher_momentum teacher_temp
-        images_per_sec step_secs data_wait_share bad_images nonfinite_steps collapse_warning"""
+        images_per_sec images_per_sec_per_chip tflops_per_chip step_secs data_wait_share goodput
+        secs/init secs/compile secs/step secs/data_wait secs/checkpoint secs/evaluate secs/lost
+        bad_images nonfinite_steps collapse_warning"""
     config = written_config(finished)
     for line in logs:
         assert set(line) == set(names.split())
@@ -115,6 +129,9 @@ def test_metrics_have_every_name_and_add_up(finished):
         assert line["total_loss"] == pytest.approx(weighted, rel=1e-6)
         assert line["images_per_sec"] > 0 and 0 <= line["data_wait_share"] <= 1
         assert (line["collapse_warning"], line["nonfinite_steps"], line["bad_images"]) == (0, 0, 0)
+    explained = (config_lib.REPOSITORY / "docs" / "metrics.md").read_text()
+    mfus = {"model_mfu", "executed_mfu"}  # there are none on a CPU
+    assert not [name for name in {*names.split(), *mfus} - {"step"} if f"`{name}`" not in explained]
     baselines = {"chance", "raw_pixels", "color_stats", "random_init_cls"}
     assert {f"knn/photos/{name}" for name in baselines} <= set(evals[0])
     assert logs[-1]["total_loss"] < logs[0]["total_loss"]

@@ -23,9 +23,15 @@ def setup():
 
 
 @pytest.fixture(scope="module")
-def after_one_step(setup):
+def compiled(setup):
     network, optimizer, state = setup
-    return jax.jit(tiny.make_step(network, optimizer))(state, tiny.make_batch(), tiny.HYPER)
+    step = jax.jit(tiny.make_step(network, optimizer))
+    return step.lower(state, tiny.make_batch(), tiny.HYPER).compile()
+
+
+@pytest.fixture(scope="module")
+def after_one_step(setup, compiled):
+    return compiled(setup[2], tiny.make_batch(), tiny.HYPER)
 
 
 def assert_trees_close(left, right, **tolerance):
@@ -35,6 +41,25 @@ def assert_trees_close(left, right, **tolerance):
 def test_teacher_starts_as_the_student(setup):
     state = setup[2]
     assert_trees_close(state.student, state.teacher, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [
+        "augment",
+        "teacher/VisionTransformer/backbone",
+        "teacher/DINOHead",
+        "targets/sinkhorn_knopp",
+        "student/jvp(VisionTransformer)/backbone",
+        "student/transpose(jvp(VisionTransformer))/backbone",
+        "student/jvp(DINOHead)",
+        "student/transpose(jvp(DINOHead))",
+        "optimizer",
+        "ema",
+    ],
+)
+def test_profiles_can_name_every_part_of_the_compiled_step(compiled, scope):
+    assert f'op_name="jit(train_step)/{scope}/' in compiled.as_text()
 
 
 def test_teacher_moves_by_the_average_alone(setup, after_one_step):

@@ -6,7 +6,6 @@ whole or not at all: it is written beside its place and renamed. Numpy only.
 
 import json
 import os
-import pathlib
 import struct
 from collections.abc import Mapping
 
@@ -14,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from dinov2_jax.beside import written_beside
 from dinov2_jax.convert.lazy import Arrays, LazyArray
 
 DTYPES = {
@@ -44,7 +44,6 @@ def write_safetensors(
       OSError: the folder is missing, not writable or full; `path` is then as it was.
       ValueError: an array of a type that the format does not have.
     """
-    path = pathlib.Path(path)
     header, end = {"__metadata__": dict(metadata)} if metadata else {}, 0
     names = {dtype: name for name, dtype in DTYPES.items()}
     # Larger types first, as the format's own writer does: every array is aligned.
@@ -61,20 +60,13 @@ def write_safetensors(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    # One name, so that a killed run leaves one file, which the next replaces.
-    written = path.with_name(f".{path.name}.tmp")
     try:
-        with open(written, "wb") as file:
+        with written_beside(path) as beside, open(beside, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for name in order:
                 file.write(np.asarray(flat[name], order="C").reshape(-1).view(np.uint8))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(written, path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error}; free space or choose a folder") from error
-    finally:
-        written.unlink(missing_ok=True)
 
 
 def open_safetensors(path: str | os.PathLike) -> tuple[dict[str, LazyArray], dict[str, str]]:

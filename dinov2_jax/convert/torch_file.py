@@ -5,20 +5,18 @@ all. In and out: flat dicts of arrays, as everywhere in this room.
 """
 
 import collections
-import contextlib
 import ctypes
-import io
 import mmap
 import os
-import pathlib
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
 
+from dinov2_jax.beside import written_beside
 from dinov2_jax.convert.lazy import Arrays, LazyArray
 from dinov2_jax.convert.spec import METADATA_KEY
 
@@ -106,25 +104,13 @@ def write_torch(
         tensor = torch.from_numpy(array.view(np.int16) if is_bfloat16 else array)
         state[name] = tensor.view(torch.bfloat16) if is_bfloat16 else tensor
     state._metadata = collections.OrderedDict({"": {"version": 1}, **metadata})
-    with _beside(pathlib.Path(path)) as written:
-        torch.save(state if key is None else {key: state}, written)
-
-
-@contextlib.contextmanager
-def _beside(path: pathlib.Path) -> Iterator[io.BufferedWriter]:
-    written = path.with_name(f".{path.name}.tmp")
     try:
-        with open(written, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(written, path)
+        with written_beside(path) as beside, open(beside, "wb") as file:
+            torch.save(state if key is None else {key: state}, file)
     except (OSError, RuntimeError) as error:  # PyTorch's writer reports a full disk as RuntimeError
         raise OSError(
             f"cannot write {path}: {_line(error)}; free space or choose a folder"
         ) from error
-    finally:
-        written.unlink(missing_ok=True)
 
 
 def _lazy(torch, tensor, *, is_mapped: bool) -> LazyArray:

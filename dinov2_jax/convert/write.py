@@ -7,12 +7,12 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from dinov2_jax.beside import written_beside
 from dinov2_jax.convert import huggingface
 from dinov2_jax.convert.lazy import Arrays
 from dinov2_jax.convert.orbax_dir import PARAMS, write_orbax
@@ -82,29 +82,24 @@ def write_source(
     facts = {METADATA_KEY: source.spec.to_json()}
     header = {**source.metadata, **facts}
     lost = [] if format in ("safetensors", "hf") else _lost_facts(source.metadata)
-    written = path.with_name(f".{path.name}.tmp")
-    _remove(written)  # of a run that was killed
-    try:
+    with written_beside(path) as beside:
         if format == "orbax":
-            write_orbax(written, load(source.params), facts)
+            write_orbax(beside, load(source.params), facts)
         elif format == "safetensors":
-            write_safetensors(written, _unprefixed(source.flat), header)
+            write_safetensors(beside, _unprefixed(source.flat), header)
         elif format == "reference":
             flat = _chunked(source.flat, source.spec.depth, block_chunks)
             key = "teacher" if set(source.params) & {"dino_head", "ibot_head"} else None
-            write_torch(written, _unprefixed(flat), facts, key=key)
+            write_torch(beside, _unprefixed(flat), facts, key=key)
         elif format == "hf":
             lost += _lost_heads(source, keep=("linear_head",))
-            _write_huggingface(written, source, header)
+            _write_huggingface(beside, source, header)
         else:
             lost += _lost_heads(source, keep=())
             flat, dropped = to_timm(_unprefixed(_select(source.flat, ("backbone",))))
             lost += dropped
             is_torch = path.suffix in TORCH_SUFFIXES
-            (write_torch if is_torch else write_safetensors)(written, flat, facts)
-        _replace(written, path)
-    finally:
-        _remove(written)
+            (write_torch if is_torch else write_safetensors)(beside, flat, facts)
     return lost
 
 
@@ -155,25 +150,6 @@ def check_target(path: pathlib.Path, format: str, overwrite: bool) -> None:
         )
     if path.is_dir() != (format in ("orbax", "hf")):
         raise FileExistsError(f"{path} is of another kind than {format=} writes; remove it first")
-
-
-def _replace(written: pathlib.Path, path: pathlib.Path) -> None:
-    """Puts a new file or folder in the place of an old one, or of none."""
-    if not path.is_dir():
-        os.replace(written, path)
-        return
-    old = path.with_name(f".{path.name}.old")
-    _remove(old)
-    os.replace(path, old)
-    os.replace(written, path)
-    _remove(old)
-
-
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _select(flat: Mapping[str, Arrays], modules: Sequence[str]) -> dict[str, Arrays]:

@@ -7,6 +7,7 @@ the CUDA programming guide's table of compute capabilities.
 """
 
 import dataclasses
+import re
 
 GIB = 2**30
 
@@ -220,3 +221,24 @@ GPUS = {
         _gpu("h200", tflops=989, hbm_gbs=4800, memory_mib=143771, nvlink_gbs=900, **_HOPPER),
     )
 }
+
+# What jax calls them (`device.device_kind`). GPUs of other boards have other peaks.
+_DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5e|TPU v5 lite": "v5e",
+    "TPU v5p?": "v5p",
+    "TPU v6e|TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+    r"NVIDIA A100-.*": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",  # the SXM board
+    "NVIDIA H200": "h200",
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The figures of a jax device by its `device_kind`; None where they are not known."""
+    known = TPUS | {name: gpu.chip for name, gpu in GPUS.items()}
+    for pattern, name in _DEVICE_KINDS.items():
+        if re.fullmatch(pattern, device_kind):
+            return known[name]
+    return None

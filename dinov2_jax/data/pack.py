@@ -12,6 +12,7 @@ import sys
 import numpy as np
 from PIL import Image
 
+from dinov2_jax.beside import written_beside
 from dinov2_jax.data.array_record import encode_record
 from dinov2_jax.data.records import BadImage, DataError, Source
 from dinov2_jax.data.sources import open_source
@@ -47,22 +48,22 @@ def pack(source: Source, out: str, *, num_shards: int) -> list[tuple[str, str]]:
     left_out = []
     bounds = np.linspace(0, len(source), num_shards + 1).astype(int)
     for shard, file in enumerate(files):
-        # Groups of one: the reader then fetches a record without its neighbours.
-        writer = ArrayRecordWriter(file + ".tmp", "group_size:1,uncompressed")
-        header = {"label_names": list(source.label_names)} if source.label_names else {}
-        for index in range(bounds[shard], bounds[shard + 1]):
-            try:
-                record = source[index]
-            except BadImage as error:
-                left_out.append((source.name(index), str(error)))
-                continue
-            metadata = {"name": record.name} | header
-            if record.label is not None:
-                metadata["label"] = record.label
-            writer.write(encode_record(_encoded(record.image), metadata))
-            header = {}
-        writer.close()
-        os.replace(file + ".tmp", file)
+        with written_beside(file) as beside:
+            # Groups of one: the reader then fetches a record without its neighbours.
+            writer = ArrayRecordWriter(str(beside), "group_size:1,uncompressed")
+            header = {"label_names": list(source.label_names)} if source.label_names else {}
+            for index in range(bounds[shard], bounds[shard + 1]):
+                try:
+                    record = source[index]
+                except BadImage as error:
+                    left_out.append((source.name(index), str(error)))
+                    continue
+                metadata = {"name": record.name} | header
+                if record.label is not None:
+                    metadata["label"] = record.label
+                writer.write(encode_record(_encoded(record.image), metadata))
+                header = {}
+            writer.close()
     return left_out
 
 

@@ -5,7 +5,9 @@ t * global_batch_size + i. Hosts, workers and threads only divide the work, and 
 the first. A whole batch is one element of the Grain data set, so workers cannot regroup it.
 """
 
+import contextlib
 import gc
+import multiprocessing.resource_tracker
 import os
 import signal
 import sys
@@ -67,7 +69,10 @@ class Batches(Iterator[Batch]):
             batches = grain.experimental.ThreadPrefetchIterDataset(
                 batches.map(_copy_batch), prefetch_buffer_size=1
             )
-        self._iterator = iter(batches)
+        with _signals_blocked():
+            self._iterator = iter(batches)
+            if num_workers:
+                self._iterator.start_prefetch()
 
     def __next__(self) -> Batch:
         if self._iterator is None:
@@ -176,14 +181,28 @@ def _copy_batch(batch: Batch) -> Batch:
     return Batch(*(np.array(array) for array in batch))
 
 
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Threads that begin here, and the processes that they start, never receive SIGTERM or SIGINT.
+
+    Ctrl-C, SLURM and Kubernetes send a signal to every process: the main one decides when its
+    workers end, because it may need batches until all hosts have agreed on a last step.
+    """
+    # Starting Python's own helper process unblocks the signals of the thread that does it.
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(worker_index: int, num_workers: int) -> None:
     """Runs first in every worker process."""
     # Grain and the main module may have imported jax here: it must not take an accelerator.
     os.environ["JAX_PLATFORMS"] = "cpu"
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_platforms", "cpu")
-    # Ctrl-C reaches the whole process group; it is for the main process to end its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 

@@ -15,6 +15,7 @@ import os
 import pathlib
 import random
 
+from dinov2_jax.beside import written_beside
 from dinov2_jax.data.files import DISK, Store
 from dinov2_jax.data.tar_index import ShardIndex, index_tar
 
@@ -100,7 +101,8 @@ class _Cache:
             else:
                 path = pathlib.Path(self._path(key))
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
+                with written_beside(path, mark=f"{os.getpid()}") as beside:
+                    beside.write_bytes(content)
 
     def _path(self, key: str) -> str:
         name = hashlib.sha256(key.encode()).hexdigest()

@@ -10,11 +10,13 @@ import sys
 from collections.abc import Sequence
 
 from dinov2_jax.evals.command import make_parser, run_task
+from dinov2_jax.evals.suite import run_suite
 from dinov2_jax.evals.task import Task
 from dinov2_jax.evals.tasks import TASKS
 from dinov2_jax.workdir import is_disk_full
 
 DISK_FULL, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+SUITE = "suite"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not argv or argv[0] in ("-h", "--help"):
             print(_overview())
             return 0
+        if argv[0] == SUITE:
+            failures = run_suite(argv[1:], find_task=find_task)
+            for failure in failures:
+                print(f"error: {failure}", file=sys.stderr)
+            return WRONG_INPUT if failures else 0
         run_task(make_parser(find_task(argv[0])).parse_args(argv[1:]))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
@@ -45,9 +52,9 @@ def find_task(name: str) -> Task:
       ValueError: there is none of that name.
     """
     if name not in TASKS:
-        nearest = difflib.get_close_matches(name, TASKS, n=1)
+        nearest = difflib.get_close_matches(name, [*TASKS, SUITE], n=1)
         cure = f"did you mean {nearest[0]}?" if nearest else "--help says what each does"
-        raise ValueError(f"{name!r} must be one of {', '.join(TASKS)}; {cure}")
+        raise ValueError(f"{name!r} must be one of {', '.join(TASKS)}, {SUITE}; {cure}")
     return importlib.import_module(f"dinov2_jax.evals.tasks.{name}").TASK
 
 
@@ -58,6 +65,7 @@ def _overview() -> str:
             "usage: python -m dinov2_jax.evals TASK --model M --data D --out O",
             "",
             *lines,
+            f"  {SUITE:13}all of these, as a file says, into one table",
             "",
             "TASK --help shows what D must hold, and all flags.",
         ]

@@ -5,14 +5,19 @@ The same command again goes on where it was interrupted. Exit codes: 0 done, 1 t
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
+import jax
+
+from dinov2_jax import distributed
 from dinov2_jax.features.extract import extract
 from dinov2_jax.features.outputs import DTYPES
 from dinov2_jax.model import load
 from dinov2_jax.workdir import is_disk_full
 
+_LONGEST_RUN_SECS = 30 * 24 * 3600
 DISK_FULL, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
 
@@ -61,8 +66,16 @@ def make_parser() -> argparse.ArgumentParser:
         default=0.01,
         help="stop if more images than this share, and more than one, are bad (default 0.01)",
     )
-    add("--process-index", type=int, help="this one of several processes, from 0")
-    add("--process-count", type=int, help="processes that share the work (and OUT)")
+    add(
+        "--distributed",
+        choices=distributed.MODES,
+        default="auto",
+        help="whether others share the work (and OUT), as in train: auto (default) looks for Cloud "
+        "TPU, SLURM, OpenMPI, Kubernetes and JAX_COORDINATOR_ADDRESS; on must find one; off never "
+        "looks",
+    )
+    add("--process-index", type=int, help="instead: this one of several processes, from 0")
+    add("--process-count", type=int, help="and how many there are; these do not meet")
     add("--compute-dtype", choices=tuple(DTYPES), default="float32", help="default: float32")
     add("--tree", choices=("teacher", "student"), default="teacher", help="of our checkpoints")
     add("--interpolation", help="reference, huggingface or timm; default: what the file says")
@@ -78,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, distributed.HostError) as error:
         text = " ".join(str(error).split())
         if is_disk_full(error):
             print(f"error: {text}; free space, and the same command goes on", file=sys.stderr)
@@ -90,6 +103,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(flags: argparse.Namespace) -> None:
     """Loads, extracts, and says what came of it."""
+    if flags.process_index is None and flags.process_count is None:
+        distributed.initialize(flags.distributed)
+        if jax.process_count() > 1:  # jax has taken SIGTERM over, for runs that save first
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    elif flags.distributed == "on":
+        raise ValueError("--distributed=on finds the processes itself; leave --process-.. out")
     model = load(
         flags.model,
         tree=flags.tree,
@@ -114,7 +133,9 @@ def run(flags: argparse.Namespace) -> None:
         max_bad_fraction=flags.max_bad_fraction,
         process_index=flags.process_index,
         process_count=flags.process_count,
+        quiet=not distributed.is_primary(),
     )
+    distributed.meet(secs=_LONGEST_RUN_SECS)  # whoever leaves first would end the others
     if report.images:
         print(
             f"{report.images:,} images, {len(report.bad)} of them bad; {report.images_per_sec:.4g} "

@@ -67,8 +67,7 @@ def extract(
       max_bad_fraction: share of bad images above which it stops, if there is more than one; 0:
         at the first.
       process_index, process_count: this process makes every `process_count`-th shard. None: those
-        of `jax.distributed` where the caller has initialised it (the command does not), else 0
-        and 1.
+        of `jax.distributed` where the caller has initialised it, else 0 and 1.
       quiet: says nothing.
 
     Raises:

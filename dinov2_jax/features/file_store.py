@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dinov2_jax.beside import written_beside
 from dinov2_jax.convert.safetensors_file import write_safetensors
 from dinov2_jax.features.index import METADATA_KEY, check_same, read_index, row_bytes
 from dinov2_jax.features.outputs import DTYPES
@@ -95,11 +96,6 @@ class FileStore:
             facts = {METADATA_KEY: index, "paths": json.dumps(paths)}
             write_safetensors(self._out, arrays, facts)
             return True
-        beside = self._out.with_name(f".{self._out.name}.tmp")
-        try:
-            with open(beside, "wb") as file:
-                np.savez(file, **arrays, path=np.array(paths, str), index=np.array(index))
-            beside.replace(self._out)
-        finally:
-            beside.unlink(missing_ok=True)
+        with written_beside(self._out) as beside, open(beside, "wb") as file:
+            np.savez(file, **arrays, path=np.array(paths, str), index=np.array(index))
         return True

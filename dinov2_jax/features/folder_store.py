@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dinov2_jax.beside import written_beside
 from dinov2_jax.features.index import (
     INDEX_FILE,
     check_same,
@@ -193,6 +194,5 @@ class FolderStore:
         return []
 
     def _write(self, name: str, text: str) -> None:
-        beside = self._out / f".{name}-{self._process}"
-        beside.write_text(text)
-        beside.replace(self._out / name)
+        with written_beside(self._out / name, mark=self._process) as beside:
+            beside.write_text(text)

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dinov2_jax import beside
 from dinov2_jax.convert import read_model, write_model
-from dinov2_jax.convert import write as write_lib
 from dinov2_jax.convert.read import read_source
 from dinov2_jax.convert.safetensors_file import open_safetensors, read_safetensors
 from dinov2_jax.convert.write import resize_positions, write_source
@@ -234,11 +234,15 @@ class TestTargets:
         params = make_params(spec)
         write_model(path, spec, params, format=format)
 
-        def fail(*arguments):
-            raise OSError("No space left on device")
+        replace = beside._replace
+
+        def fail(written, target):
+            if target == path:
+                raise OSError("No space left on device")
+            replace(written, target)
 
         # The last thing before the target changes.
-        monkeypatch.setattr(write_lib, "_replace", fail)
+        monkeypatch.setattr(beside, "_replace", fail)
         with pytest.raises(OSError, match="No space left"):
             write_model(
                 path, spec, make_params(spec, dtype=np.float16), format=format, overwrite=True

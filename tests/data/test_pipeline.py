@@ -219,6 +219,42 @@ def test_workers_of_a_killed_run_end_by_themselves(tmp_path):
     process.stdout.close()
 
 
+TO_THE_GROUP = """
+import multiprocessing, os, signal
+from tests.data.small_batches import Arrays, make_small_batches
+
+if __name__ == "__main__":
+    received = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: received.append(number))
+    with make_small_batches(
+        Arrays(), total_steps=12, num_workers=2, prefetch_batches=1
+    ) as batches:
+        while len(multiprocessing.active_children()) < 2:
+            pass
+        os.killpg(0, signal.SIGTERM)  # the workers are being born
+        next(batches)
+        os.killpg(0, signal.SIGTERM)
+        os.killpg(0, signal.SIGINT)
+        print(len(list(batches)), *received)
+    print(*multiprocessing.active_children())
+"""
+
+
+def test_a_signal_to_the_whole_group_leaves_the_workers_at_work_until_they_are_closed(tmp_path):
+    script = tmp_path / "group.py"
+    script.write_text(TO_THE_GROUP)
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (result.returncode, result.stdout) == (0, "11 15 15 2\n\n"), result.stderr
+
+
 def _is_running(pid: int) -> bool:
     """Whether a process exists and is no zombie, which nobody may be there to collect."""
     try:

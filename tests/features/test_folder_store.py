@@ -86,7 +86,7 @@ def test_killed_before_the_index_or_after_the_last_shard(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / ".lock-0-of-1").touch()
-    (out / ".index.json-0-of-1").write_text('{"wh')
+    (out / ".index.json.0-of-1").write_text('{"wh')
     with open_store(out) as store:
         for i in range(3):
             write(store, i)

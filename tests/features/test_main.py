@@ -1,6 +1,7 @@
 """The command: what it says, its exit codes, and that kill -9 costs a shard at most."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -69,6 +70,41 @@ def test_killed_and_run_again_is_the_run_that_was_left_alone(arguments, cache, t
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_two_processes_that_find_each_other_share_the_work(arguments, cache, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+
+    def start(index: int) -> subprocess.Popen:
+        environment = os.environ | {
+            "PYTHONPATH": str(REPOSITORY),
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(index),
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        command = [sys.executable, "-m", "dinov2_jax.features", *arguments, str(out)]
+        return subprocess.Popen(
+            [*command, "--distributed=on"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    processes = [start(index) for index in (0, 1)]
+    said = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    # Shards 0, 2 and 4 of 4 images each are the first one's.
+    for text, images in zip(said, (12, 8), strict=True):
+        assert f"{images} images, " in text, said
+    assert "images in 2 classes" in said[0] and "images in 2 classes" not in said[1]
+    assert any("out is complete" in text for text in said)
+    assert main([*arguments, str(whole)]) == 0
+    assert contents(out) == contents(whole)
+
+
 def test_options_reach_the_work(arguments, tmp_path):
     out = tmp_path / "out.npz"
     flags = "--what=layers=2 --dtype=float16 --no-norm --resize=24 --crop=16 --tree=teacher"
@@ -88,6 +124,8 @@ def test_options_reach_the_work(arguments, tmp_path):
         (["--no-such-flag"], "unrecognized arguments"),
         (["--model=nowhere"], "'nowhere' must be a file or folder that exists"),
         (["--batch-size=0"], "per_device_batch_size=0 must be at least 1"),
+        (["--distributed=on"], "nothing says where the other processes are"),
+        (["--distributed=on", "--process-index=0"], "leave --process-.. out"),
     ],
 )
 def test_wrong_input_is_one_line(arguments, tmp_path, capsys, change, message):

@@ -1,0 +1,139 @@
+"""Many tasks from one file: `python -m dinov2_jax.evals suite --config FILE --model M --data D`.
+
+The file has `get_config()`, a dictionary: name of each entry -> `{"task": .., "data": .., flags}`.
+Every entry is the command of its task: it has a folder of its own in OUT, goes on where it was,
+and shares one model and one cache of features with the others.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dinov2_jax import distributed
+from dinov2_jax.config import ConfigError, run_file
+from dinov2_jax.evals.command import load_model, make_parser, run_task
+from dinov2_jax.evals.results import read_record, write_tables
+from dinov2_jax.evals.task import Task
+from dinov2_jax.model import Model
+from dinov2_jax.workdir import is_disk_full
+
+# Flags of one entry that make another model of the same file.
+_MODEL_FLAGS = ("model", "blocks", "seed", "tree", "compute_dtype", "interpolation", "num_heads")
+_OWN = ("task", "data")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message}; --help shows the options")
+
+
+def parse_suite(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The suite's own flags, and those that every entry gets."""
+    parser = _Parser(
+        prog="python -m dinov2_jax.evals suite",
+        description="Runs every entry of a file; the same command again goes on.",
+        epilog="All other flags, such as --batch-size, --blocks or --distributed, are those of the "
+        "tasks and go to every entry.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", required=True, help="such as configs/evals/paper.py")
+    add("--model", required=True, help="as for every task")
+    add("--data", required=True, help="the folder that the entries' data lie in")
+    add("--out", required=True, type=pathlib.Path, help="folder of all results and of the table")
+    add("--cache", type=pathlib.Path, help="folder of features; default OUT/features")
+    add("--only", default="", metavar="REGEX", help="entries whose names match")
+    return parser.parse_known_args(argv)
+
+
+def read_suite(path: str) -> dict[str, dict[str, Any]]:
+    """The entries of a file, checked as far as that goes without running them.
+
+    Raises:
+      ConfigError: the file cannot be run, or is no dictionary of entries.
+    """
+    entries = run_file(pathlib.Path(path))
+    if not isinstance(entries, Mapping) or not entries:
+        raise ConfigError(f"{path}: get_config() must return a dictionary of entries, at least one")
+    for name, entry in entries.items():
+        if not re.fullmatch(r"[\w.-]+", str(name)) or name == "features":
+            raise ConfigError(
+                f"{path}: the name {name!r} must be one of a folder: letters, digits, _ . - (and "
+                "not features)"
+            )
+        if not isinstance(entry, Mapping) or not all(isinstance(entry.get(k), str) for k in _OWN):
+            raise ConfigError(
+                f'{path}: {name} must be {{"task": NAME, "data": PATH}} and any flags of the task'
+            )
+    return {str(name): dict(entry) for name, entry in entries.items()}
+
+
+def entry_argv(entry: Mapping[str, Any], *, flags: argparse.Namespace, name: str) -> list[str]:
+    """The command line of an entry: its data lie in the suite's folder, its keys are flags.
+
+    True stands for a flag without a value, False and None for one that is left out, a list for
+    several values.
+    """
+    data = entry["data"]
+    if not data.startswith(("hf:", "tfds:")):
+        data = os.path.join(flags.data, data)
+    argv = ["--data", data, "--model", flags.model, "--out", str(flags.out / name)]
+    argv += ["--cache", str(flags.cache or flags.out / "features")]
+    for key, value in entry.items():
+        if key in _OWN or value is None or value is False:
+            continue
+        values = value if isinstance(value, (list, tuple)) else [value]
+        argv += [f"--{key.replace('_', '-')}", *(str(x) for x in values if x is not True)]
+    return argv
+
+
+def run_suite(argv: Sequence[str], *, find_task: Callable[[str], Task]) -> list[str]:
+    """Runs all entries, one after the other, and writes one table of what is there.
+
+    An entry that fails is said and skipped; all are parsed before the first runs, so that a wrong
+    flag is known at once.
+
+    Args:
+      argv: of the command, after "suite".
+      find_task: a task by name.
+
+    Returns:
+      What went wrong, a line for each entry.
+
+    Raises:
+      ValueError, OSError: a wrong file or flag; the disk is full.
+    """
+    flags, common = parse_suite(argv)
+    parsed = {}
+    for name, entry in read_suite(flags.config).items():
+        if not re.search(flags.only, name):
+            continue
+        words = [*entry_argv(entry, flags=flags, name=name), *common]
+        try:
+            parsed[name] = make_parser(find_task(entry["task"])).parse_args(words)
+        except ValueError as error:
+            raise ConfigError(f"{flags.config}: {name}: {error}") from error
+    if not parsed:
+        raise ConfigError(f"--only {flags.only} must match a name of {flags.config}; none does")
+    say = print if distributed.is_primary() else lambda *_: None
+    models: dict[tuple, Model] = {}
+    failures = []
+    for number, (name, entry_flags) in enumerate(parsed.items(), 1):
+        say(f"[{number}/{len(parsed)}] {name}")
+        key = tuple(getattr(entry_flags, flag) for flag in _MODEL_FLAGS)
+        try:
+            if key not in models:
+                models = {key: load_model(entry_flags)}  # one at a time: they may be large
+            run_task(entry_flags, model=models[key])
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            if is_disk_full(error):
+                raise
+            failures.append(f"{name}: {' '.join(str(error).split())}")
+            say(f"left out: {failures[-1]}")
+    found = [record for name in parsed if (record := read_record(flags.out / name))]
+    if found:
+        say("\n" + distributed.on_primary(lambda: write_tables(flags.out, found)), end="")
+    return failures

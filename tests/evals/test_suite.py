@@ -1,0 +1,134 @@
+"""The suite: a file of entries becomes commands, folders and one table."""
+
+import argparse
+import json
+import pathlib
+
+import pytest
+
+from dinov2_jax.config import REPOSITORY, ConfigError
+from dinov2_jax.evals import suite
+from dinov2_jax.evals.__main__ import find_task, main
+from dinov2_jax.evals.command import make_parser
+from dinov2_jax.evals.results import Result
+from dinov2_jax.evals.suite import entry_argv, read_suite, run_suite
+from dinov2_jax.evals.task import Task
+from dinov2_jax.evals.tasks import TASKS
+
+RUNS = []
+
+
+def add_flags(parser):
+    parser.add_argument("--votes", type=int, nargs="+", default=[1])
+    parser.add_argument("--broken", action="store_true")
+
+
+def run(run):
+    RUNS.append((run.data, run.flags.votes, run.model.spec.patch_size, run.cache))
+    if run.flags.broken:
+        raise ValueError("the labels are missing")
+    return Result(metrics={"top1": 50.0}, headline=["top1"], protocol={}, counts={"test": 3})
+
+
+def stand_in(name: str) -> Task:
+    return Task(name=name, summary="", layout="anything", add_flags=add_flags, run=run)
+
+
+@pytest.fixture
+def write(tmp_path):
+    RUNS.clear()
+
+    def write(entries: str) -> list[str]:
+        (tmp_path / "suite.py").write_text(f"def get_config():\n    return {entries}\n")
+        return [
+            *("--config", str(tmp_path / "suite.py"), "--model", "pixels:8"),
+            *("--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")),
+        ]
+
+    return write
+
+
+ENTRIES = """{
+    "one": {"task": "knn", "data": "a/b", "votes": [3, 4]},
+    "bad": {"task": "linear", "data": "c", "broken": True},
+    "two": {"task": "linear", "data": "hf:c", "broken": False, "dataset": None},
+}"""
+
+
+def test_every_entry_is_a_command_and_a_failure_stops_none(write, tmp_path):
+    failures = run_suite(write(ENTRIES), find_task=stand_in)
+    assert failures == ["bad: the labels are missing"]
+    cache = tmp_path / "out" / "features"
+    assert RUNS == [
+        (str(tmp_path / "data" / "a/b"), [3, 4], 8, cache),
+        (str(tmp_path / "data" / "c"), [1], 8, cache),
+        ("hf:c", [1], 8, cache),
+    ]
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [row["task"] for row in table] == ["knn", "linear"]
+    assert (tmp_path / "out" / "one" / "result.json").exists()
+
+
+def test_again_only_what_failed_is_run(write):
+    argv = write(ENTRIES)
+    run_suite(argv, find_task=stand_in)
+    RUNS.clear()
+    run_suite(argv, find_task=stand_in)
+    assert [votes for _, votes, _, _ in RUNS] == [[1]]
+    RUNS.clear()
+    run_suite([*argv, "--only", "^one$", "--force"], find_task=stand_in)
+    assert [votes for _, votes, _, _ in RUNS] == [[3, 4]]
+
+
+def test_a_model_is_loaded_once_for_all_that_share_it(write, monkeypatch):
+    loaded = []
+    load = suite.load_model
+    monkeypatch.setattr(suite, "load_model", lambda flags: loaded.append(flags.seed) or load(flags))
+    entries = '{c: {"task": "knn", "data": c, "seed": int(c == "z")} for c in "xyz"}'
+    assert run_suite(write(entries), find_task=stand_in) == []
+    assert loaded == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ("{}", r"must return a dictionary of entries, at least one"),
+        ("[1]", r"must return a dictionary of entries"),
+        ('{"a": {"task": "knn"}}', r'a must be \{"task": NAME, "data": PATH\}'),
+        ('{"a/b": {"task": "knn", "data": "c"}}', r"the name 'a/b' must be one of a folder"),
+        ('{"a": {"task": "knn", "data": "c", "vote": 1}}', r"a: unrecognized arguments: --vote 1"),
+        ('{"a": {"task": "knn", "data": "c", "votes": "x"}}', r"a: argument --votes: invalid int"),
+    ],
+)
+def test_a_wrong_file_is_known_before_anything_runs(write, entries, message):
+    argv = write(
+        entries.replace("{", '{"first": {"task": "knn", "data": "d"}, ', 1)
+        if entries.startswith('{"')
+        else entries
+    )
+    with pytest.raises(ConfigError, match=message):
+        run_suite(argv, find_task=stand_in)
+    assert not RUNS
+
+
+def test_a_name_that_none_has(write):
+    with pytest.raises(ConfigError, match=r"--only zebra must match a name of .*; none does"):
+        run_suite([*write(ENTRIES), "--only", "zebra"], find_task=stand_in)
+
+
+def test_exit_code_and_errors_by_entry(write, capsys):
+    argv = write('{"a": {"task": "knn", "data": "nowhere"}}')
+    assert main(["suite", *argv]) == 2
+    assert "error: a: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "evals").glob("[a-z]*.py")))
+def test_the_suites_that_are_shipped_parse(path):
+    flags = argparse.Namespace(
+        model="m", data="d", out=pathlib.Path("out"), cache=None, config=str(path)
+    )
+    entries = read_suite(str(path))
+    for name, entry in entries.items():
+        argv = entry_argv(entry, flags=flags, name=name)
+        make_parser(find_task(entry["task"])).parse_args(argv)
+    assert {entry["task"] for entry in entries.values()} <= set(TASKS)
