@@ -67,5 +67,6 @@ setup(
         "gcs": ["fsspec>=2025.3", "gcsfs>=2025.3"],
         "video": ["av>=14.0"],
         "wandb": ["wandb>=0.18"],
+        "benchmarks": ["matplotlib>=3.10"],
     },
 )

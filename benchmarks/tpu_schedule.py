@@ -93,10 +93,14 @@ def drop_path(flags, topology) -> None:
 
         def both(x, gamma, grad, drop=drop):
             def run(x, gamma):
-                residual = add_residual(
-                    x, lambda kept: kept * gamma, drop_path=drop, make_key=lambda: jax.random.key(0)
+                added = add_residual(
+                    x,
+                    lambda kept: kept,
+                    scale=lambda residual: residual * gamma,
+                    drop_path=drop,
+                    make_key=lambda: jax.random.key(0),
                 )
-                return shard_rows(residual)
+                return shard_rows(added)
 
             out, vjp = jax.vjp(run, x, gamma)
             return out, jax.tree.map(lambda g: shard_rows(g) if g.ndim > 2 else g, vjp(grad))
@@ -108,7 +112,7 @@ def drop_path(flags, topology) -> None:
 
 def remat(flags, topology) -> None:
     for implementation in ("xla", "pallas"):
-        for policy in ("none", "dots", "blocks"):
+        for policy in ("none", "dots", "branches", "blocks"):
             backbone = VisionTransformer(
                 **VARIANTS["vit_small"],
                 patch_size=14,

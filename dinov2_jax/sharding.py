@@ -73,6 +73,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def platform() -> str:
+    """Kind of the devices that a program is traced for, "tpu" say: those of the mesh, if any.
+
+    They need not be of this machine.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def shard_rows(x: jax.Array, *, last: str | None = None) -> jax.Array:
     """Keeps axis 0 of an activation cut over the batch axes, and its last over `last`, if given.
 

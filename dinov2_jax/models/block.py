@@ -7,6 +7,7 @@ Behaviour follows dinov2/layers/block.py (Apache-2.0).
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dinov2_jax.models.attention import Attention
 from dinov2_jax.models.drop_path import DropPath, add_residual
@@ -19,7 +20,7 @@ from dinov2_jax.models.layers import (
 )
 from dinov2_jax.sharding import shard_rows
 
-REMATS = ("none", "dots", "blocks")
+REMATS = ("none", "dots", "branches", "blocks")
 
 
 class Block(nn.Module):
@@ -67,9 +68,15 @@ class Block(nn.Module):
             return self.make_rng("drop_path")
 
         # Each branch of each array draws its own images.
-        for branch in (lambda x: ls1(attn(norm1(x))), lambda x: ls2(mlp(norm2(x)))):
+        for norm, layer, scale in ((norm1, attn, ls1), (norm2, mlp, ls2)):
+
+            def branch(x, norm=norm, layer=layer):
+                return checkpoint_name(layer(norm(x)), "branch")
+
             xs = tuple(
-                shard_rows(add_residual(x, branch, drop_path=drop_path, make_key=make_key))
+                shard_rows(
+                    add_residual(x, branch, scale=scale, drop_path=drop_path, make_key=make_key)
+                )
                 for x in xs
             )
         if slot is not None:
@@ -78,6 +85,17 @@ class Block(nn.Module):
                 for buffer, x in zip(collected, xs, strict=True)
             )
         return (xs, collected), None
+
+
+def choose_remat(remat: str, platform: str) -> str:
+    """What "auto" means on devices of a platform such as "cpu"; others stay.
+
+    On CPU writing and reading what is kept costs more than computing all but the products again;
+    on TPU, by its compiler's word, more than the products of the wide layers too.
+    """
+    if remat == "auto":
+        return {"cpu": "dots", "tpu": "branches"}.get(platform, "none")
+    return remat
 
 
 def remat_block(remat: str) -> type[Block]:
@@ -91,6 +109,9 @@ def remat_block(remat: str) -> type[Block]:
             policies.dots_with_no_batch_dims_saveable,
             policies.save_only_these_names("attention"),
         )
+    elif remat == "branches":
+        # What is as wide as the tokens; queries, keys, values and the hidden layer are wider.
+        policy = policies.save_only_these_names("attention", "branch")
     elif remat == "blocks":
         policy = policies.nothing_saveable
     else:

@@ -56,21 +56,28 @@ def num_kept(rows: int, rate: float) -> int:
     return max(int(rows * (1 - rate)), 1)
 
 
+def _as_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
+
+
 def add_residual(
     x: jax.Array,
     branch: Callable[[jax.Array], jax.Array],
     *,
+    scale: Callable[[jax.Array], jax.Array] = _as_float32,
     drop_path: DropPath | None,
     make_key: Callable[[], jax.Array],
 ) -> jax.Array:
-    """`x + branch(x)`, with stochastic depth.
+    """`x + scale(branch(x))`, with stochastic depth.
 
     The residual of a kept image is scaled by rows / kept ("subset") or 1 / (1 - rate)
     ("bernoulli"): its expectation is that of the whole branch.
 
     Args:
       x: tokens `[(num_groups rows), n, d]`.
-      branch: maps tokens `[any, n, d]` to float32 residuals of the same shape, image by image.
+      branch: maps tokens `[any, n, d]` to residuals of the same shape, image by image.
+      scale: maps residuals `[any, n, d]` to float32 ones, element by element, and 0 to 0. It
+        comes after kept images are back in their places: in half precision half the bytes move.
       drop_path: None keeps everything.
       make_key: makes the key of the draw; called only if there is something to draw.
 
@@ -81,7 +88,7 @@ def add_residual(
       ValueError: the rows do not fall into equal groups.
     """
     if drop_path is None or drop_path.rate == 0:
-        return _add(x, branch(x))
+        return _add(x, scale(branch(x)))
     num_groups = drop_path.num_groups
     if x.shape[0] % num_groups:
         raise ValueError(
@@ -91,19 +98,18 @@ def add_residual(
     if drop_path.mode == "bernoulli":
         keep_rate = 1 - drop_path.rate
         keep = jax.random.bernoulli(make_key(), keep_rate, (num_groups, rows))
-        scale = rearrange(keep / keep_rate, "s q -> (s q) 1 1")
-        return _add(x, branch(x) * scale)
+        return _add(x, scale(branch(x)) * rearrange(keep / keep_rate, "s q -> (s q) 1 1"))
     kept = num_kept(rows, drop_path.rate)
     if kept == rows:
-        return _add(x, branch(x))
+        return _add(x, scale(branch(x)))
     order = jnp.argsort(jax.random.uniform(make_key(), (num_groups, rows)), axis=1)
     if drop_path.form == "matmul":
         picks = jax.nn.one_hot(order[:, :kept], rows)  # [s, kept, q]
         residual = branch(_multiply("skq, sqnd -> sknd", picks, x))
-        return _add(x, _multiply("skq, sknd -> sqnd", picks, residual) * (rows / kept))
+        return _add(x, scale(_multiply("skq, sknd -> sqnd", picks, residual)) * (rows / kept))
     chosen, rank = order[:, :kept], jnp.argsort(order, axis=1)  # rank inverts the order
     residual = branch(take_rows(x, chosen, rank))  # [(num_groups kept), n, d]
-    return _add(x, put_rows(residual, chosen, rank) * (rows / kept))
+    return _add(x, scale(put_rows(residual, chosen, rank)) * (rows / kept))
 
 
 def _add(x: jax.Array, residual: jax.Array) -> jax.Array:

@@ -123,7 +123,9 @@ def test_backbone_on_eight_devices_equals_plain_attention(interpreted):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("remat", "runs"), [("none", 1), ("dots", 1), ("blocks", 2)])
+@pytest.mark.parametrize(
+    ("remat", "runs"), [("none", 1), ("dots", 1), ("branches", 1), ("blocks", 2)]
+)
 def test_dots_keeps_the_result_and_blocks_makes_it_again(interpreted, remat, runs):
     backbone, images = make_backbone(attention="pallas", remat=remat), jnp.zeros((2, 14, 14, 3))
     params = jax.eval_shape(backbone.init, jax.random.key(0), images)

@@ -154,6 +154,29 @@ def test_products_are_exact_where_float32_would_be_rounded(key):
     assert "HIGHEST" not in take and "HIGHEST" in put  # tokens are bfloat16, residuals float32
 
 
+def test_scale_comes_after_the_move_and_changes_nothing_but_its_cost(key):
+    x = jax.random.normal(jax.random.key(1), (12, 3, 4), jnp.bfloat16)
+    gamma = jax.random.normal(jax.random.key(2), (4,))
+
+    def scale(residual):
+        return residual.astype(jnp.float32) * gamma
+
+    for mode, form in (("subset", "gather"), ("subset", "matmul"), ("bernoulli", "gather")):
+        drop_path = DropPath(0.5, mode, 2, form)
+        add = functools.partial(add_residual, x, drop_path=drop_path, make_key=lambda: key)
+        np.testing.assert_array_equal(
+            np.float32(add(jnp.tanh, scale=scale)),
+            np.float32(add(lambda kept: scale(jnp.tanh(kept)))),
+        )
+    moved = jax.make_jaxpr(
+        lambda x: add_residual(
+            x, jnp.tanh, scale=scale, drop_path=DropPath(0.5, form="matmul"), make_key=lambda: key
+        )
+    )(x)
+    dots = [eqn for eqn in moved.eqns if eqn.primitive.name == "dot_general"]
+    assert {var.aval.dtype for eqn in dots for var in eqn.invars} == {jnp.dtype("bfloat16")}
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("rate", [0.4, 0.75])
 def test_reference_subset(monkeypatch, key, rate):
