@@ -122,6 +122,24 @@ def nearest_neighbors(
     return similarities, indices
 
 
+def top_k_cosine(
+    queries: jax.Array, bank: jax.Array, *, k: int, num_rows: int
+) -> tuple[jax.Array, jax.Array]:
+    """`nearest_neighbors` on one device, as a pure function for a caller's own `jax.jit`.
+
+    Args:
+      queries: float32 `[q, d]`.
+      bank: float32 `[chunks, rows, d]`, padded at the end.
+      k: neighbours, at most num_rows.
+      num_rows: rows of the bank that are not padding.
+
+    Returns:
+      Similarities `[q, k]`, descending, and bank rows int32 `[q, k]`.
+    """
+    best = tuple(jnp.asarray(x) for x in _nothing(len(queries), k, num_rows=num_rows))
+    return _best_of_chunks(_unit_length(queries), best, _unit_length(bank), 0, num_rows)
+
+
 @partial(jax.jit, static_argnums=0)
 def _search(
     mesh: Mesh,
