@@ -42,9 +42,12 @@ def test_the_best_is_taken_and_the_grid_told():
 
 def test_one_that_diverged_is_never_the_best():
     params = make_params()
-    params["cls1_mean"]["bias"][1, 0] = np.nan
+    for tree in params.values():
+        tree["bias"][:, 1] = 99  # always class 1: one of three right
+    params["cls1_mean"]["bias"][1, 0] = np.nan  # of NaN the first is taken: class 0, two of three
     grid, best = choose_among(params)
     assert best == (0, 0) and grid["cls1_mean lr=0.2"] is None
+    assert grid["cls1 lr=0.1"] == pytest.approx(100 / 3)
     for tree in params.values():
         tree["kernel"][0] = np.inf
     with pytest.raises(ValueError, match="every classifier has diverged; give lower --lrs"):
