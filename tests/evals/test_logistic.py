@@ -100,9 +100,10 @@ def test_the_grid_is_the_protocols():
 
 
 def test_memory_bounds_what_is_fitted_at_once():
-    assert logistic._num_at_once(9_000, 384, 20, 45) == 45
+    assert logistic._num_at_once(9_000, 384, 20, 45) == 9
+    assert logistic._num_at_once(9_000, 384, 20, 10) == 5  # two groups of one size
     # SUN397 with ViT-g: 0.3 GiB each.
-    assert logistic._num_at_once(19_850, 1536, 397, 45) < 12
+    assert logistic._num_at_once(19_850, 1536, 397, 45) < 9
     assert logistic._num_at_once(10**7, 1536, 10_000, 45) == 1
 
 
