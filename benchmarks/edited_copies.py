@@ -1,7 +1,7 @@
 """A retrieval set from any folder of photos: queries are edited copies of them, made here.
 
     python benchmarks/edited_copies.py PHOTOS OUT
-    python -m dinov2_jax.evals retrieval --data OUT/list.json --model M --out RESULTS
+    python -m dinov2_jax.evals retrieval --data OUT --model M --out RESULTS
 
 Each query is one photo after a crop of 30 to 60 % of its area, a change of brightness, contrast and
 colour, a turn from left to right of every second one, and JPEG of quality 30. Its positive is the
