@@ -1,7 +1,7 @@
 """A retrieval set from any folder of photos: queries are edited copies of them, made here.
 
-    python benchmarks/edited_copies.py PHOTOS OUT
-    python -m dinov2_jax.evals retrieval --data OUT/list.json --model M --out RESULTS
+    python benchmarks/edited_copies.py PHOTOS OUT [--same-colors]
+    python -m dinov2_jax.evals retrieval --data OUT --model M --out RESULTS
 
 Each query is one photo after a crop of 30 to 60 % of its area, a change of brightness, contrast and
 colour, a turn from left to right of every second one, and JPEG of quality 30. Its positive is the
@@ -19,7 +19,13 @@ SEED = 0
 AREA, ASPECT, STRENGTH, QUALITY = (0.3, 0.6), (3 / 4, 4 / 3), (0.6, 1.4), 30
 
 
-def edited(photo: Image.Image, rng: np.random.Generator, *, is_flipped: bool) -> Image.Image:
+def edited(
+    photo: Image.Image,
+    rng: np.random.Generator,
+    *,
+    strength: tuple[float, float],
+    is_flipped: bool,
+) -> Image.Image:
     """One copy."""
     area = rng.uniform(*AREA) * photo.width * photo.height
     ratio = np.exp(rng.uniform(*np.log(ASPECT)))
@@ -28,7 +34,7 @@ def edited(photo: Image.Image, rng: np.random.Generator, *, is_flipped: bool) ->
     left, top = rng.integers(0, [photo.width - width + 1, photo.height - height + 1])
     copy = photo.crop((left, top, left + width, top + height))
     for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        copy = change(copy).enhance(rng.uniform(*STRENGTH))
+        copy = change(copy).enhance(rng.uniform(*strength))
     return ImageOps.mirror(copy) if is_flipped else copy
 
 
@@ -37,13 +43,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photos", type=pathlib.Path)
     parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--same-colors", action="store_true", help="crops and turns alone")
     flags = parser.parse_args()
+    strength = (1.0, 1.0) if flags.same_colors else STRENGTH
     rng = np.random.default_rng(SEED)
     names = sorted(x for x in flags.photos.resolve().iterdir() if x.suffix == ".jpg")
     flags.out.mkdir(parents=True, exist_ok=True)
     queries = []
     for i, name in enumerate(names):
-        copy = edited(Image.open(name).convert("RGB"), rng, is_flipped=bool(i % 2))
+        photo = Image.open(name).convert("RGB")
+        copy = edited(photo, rng, strength=strength, is_flipped=bool(i % 2))
         copy.save(flags.out / f"{i:04d}.jpg", quality=QUALITY)
         queries.append({"image": f"{i:04d}.jpg", "positive": [str(name)]})
     content = {"database": [str(name) for name in names], "queries": queries}

@@ -15,12 +15,13 @@ from dinov2_jax.evals.fairness import (
     skin_bucket,
 )
 
-LAYOUT = """a .csv file with a header and a line for each image:
+LAYOUT = """metadata.csv, or another .csv file, with a header and a line for each image:
   image,concept,income,region,household     hit rates, as of Dollar Street; all after concept are
                                             optional; income in US dollars a month; region af, as,
                                             am, eu or a word; several concepts: "a|b", or ['a', 'b']
   image,gender,skin,age                     associations, as of Casual Conversations; skin 1 to 6
 paths are relative to the file; --columns says how a file names them otherwise"""
+METADATA_FILE = "metadata.csv"  # of a folder
 _NUMBERS = {"income": float, "skin": int, "age": float}
 
 
@@ -45,7 +46,7 @@ def read_people(data: str, *, columns: Mapping[str, str], group_by: Sequence[str
     """Reads a file; see `LAYOUT`.
 
     Args:
-      data: the file.
+      data: the file, or the folder of `METADATA_FILE`.
       columns: names in the file, by names of ours.
       group_by: further columns whose values are groups.
 
@@ -53,6 +54,7 @@ def read_people(data: str, *, columns: Mapping[str, str], group_by: Sequence[str
       DataError: a column is missing, or a value is none.
     """
     path = pathlib.Path(data).expanduser()
+    path = path / METADATA_FILE if path.is_dir() else path
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)

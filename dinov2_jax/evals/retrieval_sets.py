@@ -17,11 +17,12 @@ LAYOUT = """one of
   gnd_roxford5k.pkl and jpg/           revisited Oxford or Paris, as published
   MET_database.json, valset.json, testset.json (or in ground_truth/) and images/     the Met
   old/ and new/                        AmsterTime: images of one name are a pair
-  a .json file of your own, paths relative to it:
+  list.json, or another .json file, of your own; paths are relative to it:
     {"database": ["a.jpg", "b.jpg"],
      "queries": [{"image": "q.jpg", "positive": ["a.jpg"], "junk": ["b.jpg"]}]}
     with "easy" and "hard" in place of "positive": three levels, as revisited Oxford;
     with "box": [left, top, right, bottom] in px of the query, for --query-boxes"""
+LIST_FILE = "list.json"  # of a folder
 _QUERY_KEYS = {"image", "positive", "easy", "hard", "junk", "box"}
 
 
@@ -79,6 +80,8 @@ def open_retrieval(data: str, *, mini: bool = False) -> RetrievalSet | MetSet:
     path = pathlib.Path(data).expanduser()
     if path.suffix == ".json":
         return _open_list(path)
+    if (path / LIST_FILE).exists():
+        return _open_list(path / LIST_FILE)
     ground_truths = sorted([*path.glob("gnd_*.pkl"), *path.glob("gnd_*.json")])
     if ground_truths:
         return _open_revisited(path, ground_truths[0])

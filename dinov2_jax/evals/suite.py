@@ -76,11 +76,16 @@ def entry_argv(entry: Mapping[str, Any], *, flags: argparse.Namespace, name: str
 
     True stands for a flag without a value, False and None for one that is left out, a list for
     several values, a dictionary for the flag once with each NAME=VALUE. In texts `{data}` and
-    `{out}` are the suite's folders.
+    `{out}` are the suite's folders, in full: a task's relative paths start at its own data.
     """
+    folders = {"{data}": flags.data, "{out}": str(flags.out)}
 
     def text(value: Any) -> str:
-        return str(value).replace("{data}", flags.data).replace("{out}", str(flags.out))
+        value = str(value)
+        for name, folder in folders.items():
+            full = folder if "://" in folder else os.path.abspath(os.path.expanduser(folder))
+            value = value.replace(name, full)
+        return value
 
     data = entry["data"]
     if not data.startswith(("hf:", "tfds:")):

@@ -80,10 +80,11 @@ c.jpg,"['tap', 'sink']",5000,eu,h2
 
 
 def test_metadata(tmp_path):
-    path = tmp_path / "images.csv"
+    path = tmp_path / "metadata.csv"
     path.write_text(HITS)
     columns = {"image": "imageRelPath", "household": "place"}
-    people = read_people(str(path), columns=columns, group_by=["place"])
+    people = read_people(str(tmp_path), columns=columns, group_by=["place"])
+    assert people == read_people(str(path), columns=columns, group_by=["place"])
     assert people.images == [str(tmp_path / x) for x in ("a.jpg", "b.jpg", "c.jpg")]
     assert people.concepts[1:] == [{"sofa", "bed"}, {"tap", "sink"}]
     assert people.groups["income"] == ["low", "medium", "high"]

@@ -116,6 +116,7 @@ def test_list(tmp_path):
         ],
     )
     found = open_retrieval(path)
+    assert found == open_retrieval(str(tmp_path))
     assert found.levels == PLAIN_LEVELS and found.kind == "list"
     assert found.database == [str(tmp_path / x) for x in "abc"]
     assert found.rows(("positive",)) == [[2, 0], [0]]
@@ -148,6 +149,7 @@ def test_what_is_no_set_gets_the_layout(tmp_path):
     (tmp_path / "list.json").write_text("{")
     with pytest.raises(DataError, match=r"list\.json is not JSON"):
         open_retrieval(str(tmp_path / "list.json"))
+    (tmp_path / "list.json").unlink()
     path = write_list(
         tmp_path / "mixed.json",
         ["a", "b"],

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pathlib
 
 import pytest
@@ -117,9 +118,10 @@ def test_values_become_words():
     entry |= {"head": "{out}/nyu/head", "test": {"v2": "{data}/v2", "real": "r.json"}}
     argv = entry_argv(entry, flags=flags, name="e")
     assert argv[:8] == ["--data", "hf:x", "--model", "m", "--out", "o/e", "--cache", "o/features"]
+    here = os.getcwd()  # a relative path of a task starts at its own data
     assert argv[8:] == [
-        *("--some-sizes", "1", "2", "--on", "--head", "o/nyu/head"),
-        *("--test", "v2=d/v2", "--test", "real=r.json"),
+        *("--some-sizes", "1", "2", "--on", "--head", f"{here}/o/nyu/head"),
+        *("--test", f"v2={here}/d/v2", "--test", "real=r.json"),
     ]
 
 

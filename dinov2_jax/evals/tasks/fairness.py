@@ -41,6 +41,7 @@ from dinov2_jax.evals.splits import image_sizes, labels_like, open_split
 from dinov2_jax.evals.task import Run, Task, require_labels
 
 RANKS = 5
+MEANINGS_FILE = "meanings.csv"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +59,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--meanings",
         metavar="FILE",
         help="lines 'class,concept' or 'class,association' (human, possibly_human, non_human, "
-        "crime); default: a class means the concept of its name",
+        f"crime); default: {MEANINGS_FILE}, or without it a class means the concept of its name",
     )
     add(
         "--columns",
@@ -98,11 +99,10 @@ def run(run: Run) -> Result:
         classifier, classes, settings = _train(run, what, sizes)
     else:
         classifier, classes, settings = _read_head(run, columns_of(features))
-    meanings = read_meanings(
-        flags.meanings and _located(run, flags.meanings),
-        classes,
-        are_associations=people.concepts is None,
-    )
+    file = _located(run, flags.meanings or MEANINGS_FILE)
+    if flags.meanings is None and not os.path.exists(file):
+        file = None
+    meanings = read_meanings(file, classes, are_associations=people.concepts is None)
     logits = classifier.logits(features)
     ranked = top_classes(logits, RANKS)
     there = features.ids
@@ -125,6 +125,7 @@ def run(run: Run) -> Result:
         protocol={
             "ranks": RANKS,
             "by_household": flags.by_household,
+            "meanings": file and os.path.basename(file),
             "least_probability": None if people.concepts else flags.least_probability,
             **settings,
             **image_sizes(features.index),
@@ -216,7 +217,8 @@ def _read_head(
 
 
 def _located(run: Run, path: str) -> str:
-    return located(path, data=os.path.expanduser(os.path.dirname(run.data)))
+    data = os.path.expanduser(run.data)
+    return located(path, data=data if os.path.isdir(data) else os.path.dirname(data))
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -66,15 +66,17 @@ def run(run: Run) -> Result:
     )
     bank_features = bank["cls"]
     rank = functools.partial(
-        knn_ranking,
-        query_features=queries["cls"],
-        temperature=flags.temperature,
-        search=functools.partial(search, say=run.say, is_shown=run.is_primary),
+        knn_ranking, query_features=queries["cls"], temperature=flags.temperature
     )
     voters = [k for k in flags.neighbors if k <= len(bank)] or [len(bank)]
     if voters != flags.neighbors:
         run.say(f"the bank has {len(bank)} images: k is {', '.join(map(str, voters))}")
-    ranked = rank(bank_features=bank_features, bank_labels=bank_labels, num_neighbors=voters)
+    ranked = rank(
+        bank_features=bank_features,
+        bank_labels=bank_labels,
+        num_neighbors=voters,
+        search=functools.partial(search, say=run.say, is_shown=run.is_primary),
+    )
     metrics, best = _metrics(ranked, query_labels)
     protocol = {"feature": "cls", "best_k": best, **image_sizes(bank.index)}
     headline = ["top1", "top5"] if len(bank.label_names) > 5 else ["top1"]
