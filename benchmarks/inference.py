@@ -7,7 +7,7 @@ Random weights of the released sizes, float32, each way on the same threads and 
     reference+sdpa  the same modules with torch's scaled_dot_product_attention
     transformers    Dinov2Model with its default attention, which is sdpa
 
-    python benchmarks/inference.py --variants vit_small vit_base --sizes 224 518 --batches 1 16
+    python -m benchmarks.inference --variants vit_small vit_base --sizes 224 518 --batches 1 16
 """
 
 import argparse
@@ -15,10 +15,11 @@ import dataclasses
 import functools
 import os
 import tempfile
-import time
 from collections.abc import Callable
 
 import numpy as np
+
+from benchmarks.turns import limit_threads, median_ratios, take_turns, timed
 
 
 def make_model(variant: str):
@@ -49,12 +50,10 @@ def load_ours(spec, params) -> Callable[[np.ndarray], np.ndarray]:
     return run
 
 
-def load_reference(spec, params, *, sdpa: bool) -> Callable[[np.ndarray], np.ndarray]:
+def sdpa_attention() -> type:
+    """The reference's attention, its softmax by torch's scaled_dot_product_attention."""
     import torch
     from dinov2.layers import MemEffAttention
-    from dinov2.models.vision_transformer import Block, DinoVisionTransformer
-
-    from dinov2_jax.convert.state_dict import to_reference
 
     class Fused(MemEffAttention):
         def forward(self, x):
@@ -64,7 +63,17 @@ def load_reference(spec, params, *, sdpa: bool) -> Callable[[np.ndarray], np.nda
             x = torch.nn.functional.scaled_dot_product_attention(q, k, v)
             return self.proj(x.transpose(1, 2).reshape(b, n, d))
 
-    attention = Fused if sdpa else MemEffAttention
+    return Fused
+
+
+def load_reference(spec, params, *, sdpa: bool) -> Callable[[np.ndarray], np.ndarray]:
+    import torch
+    from dinov2.layers import MemEffAttention
+    from dinov2.models.vision_transformer import Block, DinoVisionTransformer
+
+    from dinov2_jax.convert.state_dict import to_reference
+
+    attention = sdpa_attention() if sdpa else MemEffAttention
     module = DinoVisionTransformer(
         img_size=518,
         patch_size=spec.patch_size,
@@ -107,23 +116,11 @@ def load_transformers(spec, params) -> Callable[[np.ndarray], np.ndarray]:
     return run
 
 
-def measure(ways, images: np.ndarray, num_rounds: int) -> dict[str, np.ndarray]:
-    """Wall and CPU seconds of each call, `[rounds, 2]`; the first, which compiles, is left out."""
-    seconds = {name: [] for name in ways}
-    for _ in range(num_rounds + 1):
-        for name, run in ways.items():
-            started = time.perf_counter(), time.process_time()
-            run(images)
-            ended = time.perf_counter(), time.process_time()
-            seconds[name].append(np.subtract(ended, started))
-    return {name: np.array(rows[1:]) for name, rows in seconds.items()}
-
-
 def report(title: str, seconds: dict[str, np.ndarray], batch: int) -> None:
     """Medians of the rates, and of the ratios inside a turn, which other work disturbs less."""
     for name, rows in seconds.items():
         wall, cpu = np.median(rows, axis=0)
-        wall_ratio, cpu_ratio = np.median(rows / seconds["ours"], axis=0)
+        wall_ratio, cpu_ratio = median_ratios(seconds, name)
         print(
             f"{title} {name:14} {batch / wall:7.2f} images/s, {cpu / batch:7.3f} CPU s/image; "
             f"ours is {wall_ratio:.2f} times as fast, {cpu_ratio:.2f} by CPU time",
@@ -145,7 +142,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     # Before either library looks: XLA makes as many threads as it may use cores.
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    limit_threads(options.threads)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import torch
 
@@ -172,7 +169,11 @@ def main() -> None:
                     (batch, size, size, 3), np.float32
                 )
                 title = f"{variant} {size} px, batch {batch}:"
-                report(title, measure(ways, images, options.rounds), batch)
+                contenders = {
+                    name: functools.partial(timed, functools.partial(run, images))
+                    for name, run in ways.items()
+                }
+                report(title, take_turns(contenders, options.rounds), batch)
 
 
 if __name__ == "__main__":
