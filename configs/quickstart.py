@@ -49,8 +49,6 @@ def get_config():
     config.optim.warmup_steps = total_steps * 1 // 10
     config.optim.freeze_last_layer_steps = total_steps * 1 // 50
 
-    config.remat = "dots"  # on CPU a little faster than keeping everything, at half the memory
-
     config.checkpoint_every_steps = 100
     config.eval_every_steps = 100
     config.teacher_every_steps = 100

@@ -121,7 +121,7 @@ def check(
         "topology": topology.name,
         "slices": topology.num_slices,
         "mesh": dict(mesh.shape),
-        "remat": config.remat,
+        "remat": trainer.network.backbone.remat,
         "attention": config.attention,
         "grad_accumulation_steps": config.grad_accumulation_steps,
         "dtype": str(jnp.dtype(trainer.network.backbone.dtype)),

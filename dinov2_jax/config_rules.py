@@ -16,7 +16,7 @@ CHOICES = {
     "centering.kind": ("sinkhorn_knopp", "softmax_center"),
     "optim.learning_rate_scaling": ("sqrt_1024", "none"),
     "dtype": ("auto", "bfloat16", "float32"),
-    "remat": ("none", "dots", "blocks"),
+    "remat": ("auto", "none", "dots", "blocks"),
     "attention": ("auto", "xla", "pallas", "cudnn"),
     "drop_path_form": ("auto", "gather", "matmul"),
     "compiler_preset": ("", "tpu_overlap", "gpu_overlap"),

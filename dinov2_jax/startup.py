@@ -20,6 +20,7 @@ from dinov2_jax.checkpoints import abstract_like
 from dinov2_jax.compiler import compiler_options
 from dinov2_jax.config_rules import ConfigError, check_groups
 from dinov2_jax.models.attention import choose_implementation
+from dinov2_jax.models.block import choose_remat
 from dinov2_jax.models.drop_path import choose_form
 from dinov2_jax.models.heads import DINOHead
 from dinov2_jax.models.vit import VARIANTS, VisionTransformer
@@ -181,7 +182,7 @@ def build_network(config, device: jax.Device) -> Network:
         drop_path_mode=model.drop_path_mode,
         drop_path_form=choose_form(config.drop_path_form, device.platform),
         dtype=dtype,
-        remat=config.remat,
+        remat=choose_remat(config.remat, device.platform),
         attention=attention,
         scan_unroll=config.scan_unroll,
     )
@@ -275,7 +276,7 @@ def describe(config, trainer: Trainer, *, config_path: str, workdir, num_images:
         mlp_ratio=config.model.mlp_ratio,
         itemsize=jnp.dtype(backbone.dtype).itemsize,
         kept_share=1 - config.model.drop_path_rate * (config.model.drop_path_mode == "subset"),
-        remat=config.remat,
+        remat=backbone.remat,
     )
     heads, logit_bytes = describe_heads(config, trainer.mesh)
     return report.start_table(

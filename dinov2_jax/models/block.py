@@ -80,6 +80,16 @@ class Block(nn.Module):
         return (xs, collected), None
 
 
+def choose_remat(remat: str, platform: str) -> str:
+    """What "auto" means on devices of a platform such as "cpu"; others stay.
+
+    On CPU writing and reading what is kept costs more than computing all but the products again.
+    """
+    if remat == "auto":
+        return "dots" if platform == "cpu" else "none"
+    return remat
+
+
 def remat_block(remat: str) -> type[Block]:
     """`Block`, with the backward pass recomputing what `remat` says."""
     if remat == "none":

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dinov2_jax.models.block import choose_remat
 from dinov2_jax.models.vit import VARIANTS, VisionTransformer
 
 TINY = dict(patch_size=4, embed_dim=16, depth=2, num_heads=2, pos_embed_grid=(3, 3))
@@ -174,6 +175,12 @@ class TestIntermediateLayers:
     def test_blocks_that_are_not_there(self, layers):
         with pytest.raises(ValueError, match=r"layers=.* must be different blocks of 0\.\.2"):
             self.outputs(layers)
+
+
+def test_auto_remat_follows_the_devices():
+    policies = {platform: choose_remat("auto", platform) for platform in ("cpu", "gpu", "tpu")}
+    assert policies == {"cpu": "dots", "gpu": "none", "tpu": "none"}
+    assert choose_remat("none", "cpu") == "none"
 
 
 def test_remat_changes_memory_only():
