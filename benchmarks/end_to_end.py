@@ -20,7 +20,7 @@ import time
 import numpy as np
 
 from benchmarks.data import write_photos
-from benchmarks.turns import limit_threads, median_ratios
+from benchmarks.turns import limit_threads, median_ratios, take_turns
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BOTTLENECK = 256  # lightly-train's, of both heads
@@ -119,12 +119,7 @@ def main() -> None:
             name: functools.partial(measure, maker, options, options.folder or photos)
             for name, maker in makers.items()
         }
-        # No warm-up: the shorter run is one.
-        seconds = {name: [] for name in contenders}
-        for _ in range(options.rounds):
-            for name, contender in contenders.items():
-                seconds[name].append(contender())
-    seconds = {name: np.array(rows) for name, rows in seconds.items()}
+        seconds = take_turns(contenders, options.rounds, num_warmups=0)
     print(f"{options.threads} threads, {options.rounds} rounds, float32")
     for name, rows in seconds.items():
         wall, cpu = np.median(rows, axis=0)

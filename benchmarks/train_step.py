@@ -77,7 +77,7 @@ def main() -> None:
     limit_threads(options.threads)
     os.environ["JAX_PLATFORMS"] = "cpu"
     print(
-        f"{options.threads} threads; {options.rounds} turns after a warm-up; float32; "
+        f"{options.threads} threads; {options.rounds} turns after a first step; float32; "
         f"GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '')!r}"
     )
     for title in options.cases:
@@ -93,7 +93,8 @@ def main() -> None:
                 for name in list(children)[1:]:
                     error = largest_difference(first["ours"], first[name])
                     print(f"{title} | ours and {name} differ by {error:.1e} in the first losses")
-            seconds = take_turns(children, options.rounds)
+            # Each has taken its first step.
+            seconds = take_turns(children, options.rounds, num_warmups=0)
             report(title, seconds, {name: child.finish() for name, child in children.items()})
 
 

@@ -28,14 +28,14 @@ def timed(work: Callable[[], object]) -> np.ndarray:
 
 
 def take_turns(
-    contenders: Mapping[str, Callable[[], np.ndarray]], num_rounds: int
+    contenders: Mapping[str, Callable[[], np.ndarray]], num_rounds: int, *, num_warmups: int = 1
 ) -> dict[str, np.ndarray]:
-    """Seconds of each contender, `[rounds, 2]`; a first round, which warms up, is left out."""
+    """Seconds of each contender, `[rounds, 2]`; the rounds that warm up are left out."""
     seconds = {name: [] for name in contenders}
-    for _ in range(num_rounds + 1):
+    for _ in range(num_warmups + num_rounds):
         for name, contender in contenders.items():
             seconds[name].append(contender())
-    return {name: np.array(rows[1:]) for name, rows in seconds.items()}
+    return {name: np.array(rows[num_warmups:]) for name, rows in seconds.items()}
 
 
 def median_ratios(seconds: Mapping[str, np.ndarray], name: str) -> np.ndarray:
