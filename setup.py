@@ -66,5 +66,6 @@ setup(
         "data": ["array-record>=0.8", "datasets>=3.0", "tensorflow-datasets>=4.9.8"],
         "gcs": ["fsspec>=2025.3", "gcsfs>=2025.3"],
         "wandb": ["wandb>=0.18"],
+        "benchmarks": ["matplotlib>=3.10"],
     },
 )
