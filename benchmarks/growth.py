@@ -78,7 +78,8 @@ def plot(lines: dict[str, Line], path: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise SystemExit(f"error: --plot needs {error.name}; pip install -e '.[benchmarks]'") from error
+        message = f"error: --plot needs {error.name}; pip install -e '.[benchmarks]'"
+        raise SystemExit(message) from error
     figure = Figure(figsize=(9, 2.4), dpi=80, layout="constrained")
     for name, ax in zip(lines, np.atleast_1d(figure.subplots(1, len(lines))), strict=True):
         line = lines[name]
