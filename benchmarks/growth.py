@@ -1,14 +1,18 @@
 """How the time of a step grows with batch, local crops, prototypes and depth; lines and a plot.
 
-The quickstart's step, one of its sizes changed at a time, all values of a size in turns.
+The quickstart's step, one of its sizes changed at a time, all values of a size in turns. What is
+measured is added to a file, from which the plot is drawn.
 
-    python -m benchmarks.growth --threads 1 --plot docs/images/growth.png
+    python -m benchmarks.growth measure FILE --threads 1 [--axes batch crops]
+    python -m benchmarks.growth plot FILE --picture docs/images/growth.png
 """
 
 import argparse
 import dataclasses
 import functools
+import json
 import os
+import pathlib
 import tempfile
 
 import numpy as np
@@ -29,14 +33,14 @@ class Axis:
 
 
 AXES = {
-    "batch": Axis(("global_batch_size", "group_size"), (1, 2, 4, 8, 16, 24, 32), "images a step"),
-    "crops": Axis(("crops.num_local_crops",), (0, 2, 4, 8, 12, 16), "local crops an image"),
+    "batch": Axis(("global_batch_size", "group_size"), (1, 4, 8, 16, 32), "images a step"),
+    "crops": Axis(("crops.num_local_crops",), (0, 4, 8, 16), "local crops an image"),
     "prototypes": Axis(
         ("dino.num_prototypes", "ibot.num_prototypes"),
-        (256, 2048, 4096, 8192, 16_384, 32_768),
+        (256, 8192, 16_384, 32_768),
         "prototypes of each head",
     ),
-    "depth": Axis(("model.depth",), (2, 4, 6, 12, 18, 24), "blocks"),
+    "depth": Axis(("model.depth",), (2, 6, 12, 24), "blocks"),
 }
 
 
@@ -78,7 +82,7 @@ def plot(lines: dict[str, Line], path: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        message = f"error: --plot needs {error.name}; pip install -e '.[benchmarks]'"
+        message = f"error: plot needs {error.name}; pip install -e '.[benchmarks]'"
         raise SystemExit(message) from error
     figure = Figure(figsize=(9, 2.4), dpi=80, layout="constrained")
     for name, ax in zip(lines, np.atleast_1d(figure.subplots(1, len(lines))), strict=True):
@@ -92,26 +96,38 @@ def plot(lines: dict[str, Line], path: str) -> None:
     figure.savefig(path)
 
 
+def read(path: str) -> dict[str, Line]:
+    """The lines of a file of measurements; of an axis that is there twice, the last."""
+    rows = [json.loads(text) for text in pathlib.Path(path).read_text().splitlines()]
+    found = {row["axis"]: fit(row["values"], row["seconds"]) for row in rows}
+    return {name: found[name] for name in AXES if name in found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("what", choices=("measure", "plot"))
+    parser.add_argument("file", help="of measurements, one line an axis")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--plot", default="", metavar="FILE", help=".png or .svg")
+    parser.add_argument("--picture", default="growth.png", help="of plot; .png or .svg")
     options = parser.parse_args()
-    limit_threads(options.threads)
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    lines = {}
-    for name in options.axes:
-        line = lines[name] = measure(AXES[name], options.rounds)
-        points = ", ".join(f"{v}: {s:.3f}" for v, s in zip(line.values, line.seconds, strict=True))
+    if options.what == "measure":
+        limit_threads(options.threads)
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        for name in options.axes:
+            line = measure(AXES[name], options.rounds)
+            row = {"axis": name, "values": line.values.tolist(), "seconds": line.seconds.tolist()}
+            with open(options.file, "a") as file:
+                file.write(json.dumps(row) + "\n")
+    lines = read(options.file)
+    for name, line in lines.items():
         print(
             f"{name}: {1e3 * line.start:.1f} ms + {1e3 * line.slope:.4g} ms each, "
-            f"within {line.largest_miss:.1%}; CPU s: {points}",
-            flush=True,
+            f"within {line.largest_miss:.1%} of the largest"
         )
-    if options.plot:
-        plot(lines, options.plot)
+    if options.what == "plot":
+        plot(lines, options.picture)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ CHOICES = {
     "remat": ("auto", "none", "dots", "branches", "blocks"),
     "attention": ("auto", "xla", "pallas", "cudnn"),
     "drop_path_form": ("auto", "gather", "matmul"),
-    "compiler_preset": ("", "tpu_overlap", "gpu_overlap"),
+    "compiler_preset": ("auto", "", "cpu_products", "tpu_overlap", "gpu_overlap"),
     "heads": ("auto", "dense", "blocks"),
     "eval.kind": ("none", "knn", "crop_identity"),
     "data.in_channels": (1, 3, 4),

@@ -15,7 +15,20 @@ from dinov2_jax.cost.topology import open_topology
 
 
 def test_the_configuration_knows_every_preset():
-    assert CHOICES["compiler_preset"] == tuple(compiler.PRESETS)
+    assert CHOICES["compiler_preset"] == ("auto", *compiler.PRESETS)
+
+
+def test_auto_is_the_flags_that_this_release_has(monkeypatch):
+    assert compiler.compiler_options("auto", platform="cpu") == compiler.PRESETS["cpu_products"]
+    assert compiler.compiler_options("auto", platform="tpu") == {}
+    for flags in (
+        {"xla_cpu_no_such_flag": True},
+        {next(iter(compiler.PRESETS["cpu_products"])): "?"},
+    ):
+        compiler._is_known.cache_clear()
+        monkeypatch.setitem(compiler.PRESETS, "cpu_products", flags)
+        assert compiler.compiler_options("auto", platform="cpu") == {}
+    compiler._is_known.cache_clear()
 
 
 def test_flags_of_gpus_exist():
@@ -39,11 +52,13 @@ def test_flags_of_tpus_exist():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="compiler_preset='fast' must be one of: '', 'tpu_overlap"):
+    with pytest.raises(
+        ValueError, match="compiler_preset='fast' must be one of: 'auto', '', 'cpu_pro"
+    ):
         compiler.compiler_options("fast", platform="tpu")
     with pytest.raises(ValueError, match="'gpu_overlap' is not for tpu; for it there is: tpu_over"):
         compiler.compiler_options("gpu_overlap", platform="tpu")
-    with pytest.raises(ValueError, match="'tpu_overlap' is not for cpu; for it there is: none"):
+    with pytest.raises(ValueError, match="'tpu_overlap' is not for cpu; for it there is: cpu_pr"):
         compiler.compiler_options("tpu_overlap", platform="cpu")
 
 
