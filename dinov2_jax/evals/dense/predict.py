@@ -68,7 +68,11 @@ class BatchedMaps:
         self._compute = jax.jit(compute)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Maps of normalised images `[b, height, width, 3]`."""
+        """Maps of normalised images `[b, height, width, 3]`.
+
+        Raises:
+          ValueError: they are not finite.
+        """
         found = []
         for start in range(0, len(images), self._batch_size):
             piece = images[start : start + self._batch_size]
@@ -77,7 +81,13 @@ class BatchedMaps:
             full = np.pad(piece, ((0, size - len(piece)), (0, 0), (0, 0), (0, 0)))
             maps = self._compute(*self._arguments, self._devices.rows(full))
             found.append((maps, len(piece)))
-        return np.concatenate([np.asarray(maps)[:count] for maps, count in found])
+        maps = np.concatenate([np.asarray(maps)[:count] for maps, count in found])
+        if not np.isfinite(maps).all():
+            raise ValueError(
+                "features and predictions must be finite, and are not; the weights of the network "
+                "or of the head are not sound: take those before they broke"
+            )
+        return maps
 
 
 def head_maps(model: Model, head: DenseHead, variables, *, batch_size: int) -> BatchedMaps:

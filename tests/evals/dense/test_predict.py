@@ -3,10 +3,16 @@
 import numpy as np
 import pytest
 
-from dinov2_jax.evals.dense.predict import Slide, normalise, predict_classes, predict_depth
+from dinov2_jax.evals.dense.predict import (
+    BatchedMaps,
+    Slide,
+    normalise,
+    predict_classes,
+    predict_depth,
+)
 from dinov2_jax.evals.dense.resample import resize_bilinear, scaled_size
 from dinov2_jax.evals.dense.windows import window_starts
-from tests.evals.dense.models import random_image
+from tests.evals.dense.models import pixels, random_image
 from tests.parity import require
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -68,6 +74,19 @@ def test_votes_are_averaged_as_they_are():
         is_logits=False,
     )
     assert (found == 2).all()
+
+
+def test_batches_of_any_size_are_the_images_one_by_one():
+    model = pixels()
+    maps = BatchedMaps(model, lambda v, _, x: v * x.mean(axis=(1, 2)), np.float32(2), 4)
+    images = np.random.default_rng(0).standard_normal((7, 14, 14, 3)).astype(np.float32)
+    np.testing.assert_allclose(maps(images), 2 * images.mean(axis=(1, 2)), rtol=1e-4, atol=1e-6)
+
+
+def test_predictions_that_are_not_finite_are_an_error():
+    maps = BatchedMaps(pixels(), lambda v, _, x: v * x, np.float32(np.nan), 2)
+    with pytest.raises(ValueError, match="must be finite, and are not; the weights"):
+        maps(np.ones((1, 14, 14, 3), np.float32))
 
 
 def test_images_smaller_than_a_window_are_one_window():
