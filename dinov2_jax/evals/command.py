@@ -119,7 +119,7 @@ def load_model(flags: argparse.Namespace) -> Model:
 
 
 def _make(flags, model: Model, sha256: str, request: dict[str, Any], say) -> dict[str, Any]:
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     result = flags.task.run(
         Run(
             flags=flags,
@@ -150,6 +150,7 @@ def _make(flags, model: Model, sha256: str, request: dict[str, Any], say) -> dic
         },
         "seed": flags.seed,
         "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - cpu_started, 1),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "version": __version__,
         "request": request,

@@ -31,6 +31,7 @@ def test_a_result_that_is_there_is_shown_and_not_made_again(
     record = json.loads((tmp_path / "out" / "result.json").read_text())
     assert record["request"]["neighbors"] == [1, 3] and record["seed"] == 0
     assert record["model"]["weights_sha256"] and record["peak_rss_mib"] > 0
+    assert record["cpu_seconds"] >= 0
     assert record["dataset"].startswith("colors")
 
     monkeypatch.setattr(knn, "TASK", dataclasses.replace(knn.TASK, run=lambda _: 1 / 0))
