@@ -91,6 +91,8 @@ def has_cloud_tpu() -> bool:
 def initialize(mode: str = "auto") -> None:
     """Joins the other processes of this run, if there are any. Before any other use of jax.
 
+    Once joined, they stay so: a later call finds that and returns.
+
     Args:
       mode: "auto" joins where the environment says that there are others (Cloud TPU, SLURM,
         OpenMPI, an indexed Kubernetes Job, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
@@ -101,7 +103,7 @@ def initialize(mode: str = "auto") -> None:
     """
     if mode not in MODES:
         raise HostError(f"--distributed={mode} must be one of {', '.join(MODES)}")
-    if mode == "off":
+    if mode == "off" or jax.distributed.is_initialized():
         return
     arguments = detect(os.environ, has_tpu=has_cloud_tpu())
     if arguments is None:

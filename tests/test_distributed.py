@@ -89,6 +89,18 @@ def test_a_laptop_is_left_alone(monkeypatch):
         distributed.initialize("maybe")
 
 
+def test_joining_again_is_nothing(monkeypatch):
+    """Every entry of a suite asks for it; jax refuses a second time."""
+
+    def initialize(**_):
+        raise RuntimeError("initialize should only be called once")
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "has_cloud_tpu", lambda: True)
+    distributed.initialize("on")
+
+
 def test_others_that_do_not_come_are_one_line(monkeypatch):
     def initialize(**_):
         raise RuntimeError("Barrier timed out.\nWaited 300 s.")

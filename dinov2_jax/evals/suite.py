@@ -108,7 +108,7 @@ def run_suite(argv: Sequence[str], *, find_task: Callable[[str], Task]) -> list[
     """Runs all entries, one after the other, and writes one table of what is there.
 
     An entry that fails is said and skipped; all are parsed before the first runs, so that a wrong
-    flag is known at once.
+    flag is known at once. With `--only` the table has the results of the other entries too.
 
     Args:
       argv: of the command, after "suite".
@@ -121,8 +121,8 @@ def run_suite(argv: Sequence[str], *, find_task: Callable[[str], Task]) -> list[
       ValueError, OSError: a wrong file or flag; the disk is full.
     """
     flags, common = parse_suite(argv)
-    parsed = {}
-    for name, entry in read_suite(flags.config).items():
+    entries, parsed = read_suite(flags.config), {}
+    for name, entry in entries.items():
         if not re.search(flags.only, name):
             continue
         words = [*entry_argv(entry, flags=flags, name=name), *common]
@@ -132,6 +132,8 @@ def run_suite(argv: Sequence[str], *, find_task: Callable[[str], Task]) -> list[
             raise ConfigError(f"{flags.config}: {name}: {error}") from error
     if not parsed:
         raise ConfigError(f"--only {flags.only} must match a name of {flags.config}; none does")
+    # Before the model is loaded: processes cannot join each other once they use their devices.
+    distributed.initialize(next(iter(parsed.values())).distributed)
     say = print if distributed.is_primary() else lambda *_, **__: None
     models: dict[tuple, Model] = {}
     failures = []
@@ -147,7 +149,7 @@ def run_suite(argv: Sequence[str], *, find_task: Callable[[str], Task]) -> list[
                 raise
             failures.append(f"{name}: {' '.join(str(error).split())}")
             say(f"left out: {failures[-1]}")
-    found = [record for name in parsed if (record := read_record(flags.out / name))]
+    found = [record for name in entries if (record := read_record(flags.out / name))]
     if found:
         say("\n" + distributed.on_primary(lambda: write_tables(flags.out, found)), end="")
     return failures

@@ -125,6 +125,28 @@ def test_values_become_words():
     ]
 
 
+def test_the_table_of_some_entries_keeps_the_others(write, tmp_path):
+    argv = write(ENTRIES)
+    run_suite(argv, find_task=stand_in)
+    before = (tmp_path / "out" / "table.json").read_text()
+    run_suite([*argv, "--only", "^two$"], find_task=stand_in)
+    assert (tmp_path / "out" / "table.json").read_text() == before
+
+
+def test_processes_join_before_jax_is_used(write, monkeypatch):
+    order = []
+    load = suite.load_model
+    monkeypatch.setattr(suite.distributed, "initialize", order.append)
+    is_primary = suite.distributed.is_primary
+    monkeypatch.setattr(
+        suite.distributed, "is_primary", lambda: order.append("used") or is_primary()
+    )
+    monkeypatch.setattr(suite, "load_model", lambda flags: order.append("loaded") or load(flags))
+    argv = write('{"a": {"task": "knn", "data": "b"}}')
+    run_suite([*argv, "--distributed", "auto"], find_task=stand_in)
+    assert order[0] == "auto" and "loaded" in order
+
+
 def test_a_name_that_none_has(write):
     with pytest.raises(ConfigError, match=r"--only zebra must match a name of .*; none does"):
         run_suite([*write(ENTRIES), "--only", "zebra"], find_task=stand_in)
