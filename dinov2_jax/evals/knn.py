@@ -22,7 +22,6 @@ def knn_accuracy(
     query_labels: np.ndarray,
     num_neighbors: Sequence[int],
     temperature: float = 0.07,
-    search: Callable[..., tuple[np.ndarray, np.ndarray]] = nearest_neighbors,
 ) -> dict[int, float]:
     """Share of queries whose class wins the vote, for every k of `num_neighbors`.
 
@@ -130,14 +129,17 @@ def weighted_votes(
       neighbor_labels: integers `[q, r]` in [0, num_classes).
       num_classes: width of the tables.
       num_neighbors: each at most r.
-      temperature: of the softmax.
+      temperature: of the softmax, above 0.
 
     Returns:
       float64 `[q, num_classes]` by k; rows sum to 1 at k = r and to less below it.
 
     Raises:
-      ValueError: more voters are asked for than neighbours were retrieved.
+      ValueError: more voters are asked for than neighbours were retrieved; or the temperature is
+        none.
     """
+    if not temperature > 0:
+        raise ValueError(f"{temperature=} must be above 0; the paper's is 0.07")
     num_queries, retrieved = similarities.shape
     if max(num_neighbors) > retrieved or min(num_neighbors) < 1:
         raise ValueError(

@@ -93,5 +93,10 @@ def test_errors_name_value_and_cure(sets):
         knn_accuracy(**sets, num_neighbors=[81])
     with pytest.raises(ValueError, match=r"num_neighbors=\[3\] must lie between 1 and the 2"):
         weighted_votes(np.zeros((1, 2)), np.zeros((1, 2), int), num_classes=1, num_neighbors=[3])
+    for temperature in (0, -0.07, float("nan")):
+        with pytest.raises(
+            ValueError, match=r"temperature=.* must be above 0; the paper's is 0.07"
+        ):
+            knn_accuracy(**sets, num_neighbors=[1], temperature=temperature)
     with pytest.raises(ValueError, match="80 bank features and 79 bank labels"):
         knn_accuracy(**(sets | {"bank_labels": sets["bank_labels"][1:]}), num_neighbors=[1])
