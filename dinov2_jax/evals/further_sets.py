@@ -29,7 +29,7 @@ LAYOUT = (
     "of their file names, or an object from file name to list; corruptions (ImageNet-C): "
     "CORRUPTION/SEVERITY/CLASS/images"
 )
-_MCE = len(ALEXNET_ERROR)
+_MCE, _NUM_SEVERITIES = len(ALEXNET_ERROR), 5
 
 # Logits of the probe for features: [rows, training classes].
 Score = Callable[[FeatureSet], np.ndarray]
@@ -204,7 +204,8 @@ def judge_corruptions(
 ) -> Found:
     """Mean corruption error, in per cent of AlexNet's.
 
-    Named `mce` where all 15 of `ALEXNET_ERROR` are there, and then of them alone; else `mce_of_N`.
+    Named `mce` where all 15 of `ALEXNET_ERROR` are there at five severities, over which AlexNet's
+    errors are means, and then of them alone; else `mce_of_N`.
 
     Args:
       path: a folder, see `LAYOUT`.
@@ -233,7 +234,9 @@ def judge_corruptions(
         for name, found in severities.items()
     }
     relative = corruption_errors(errors, alexnet)
-    standard = [relative[name] for name in ALEXNET_ERROR if name in relative]
+    standard = [
+        relative[name] for name in ALEXNET_ERROR if len(errors.get(name, ())) == _NUM_SEVERITIES
+    ]
     all_of_them = list(relative.values())
     metrics = {f"mce_of_{len(all_of_them)}": 100 * float(np.mean(all_of_them))}
     if len(standard) == _MCE:

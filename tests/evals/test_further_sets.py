@@ -165,6 +165,13 @@ def test_fewer_corruptions_are_named_so(tmp_path):
     assert found.details["error_by_severity"]["fog"] == pytest.approx([0.2, 1.0])
 
 
+def test_fewer_severities_are_not_the_papers_number(tmp_path):
+    """AlexNet's errors are means over five: those of the mildest alone would look like a record."""
+    path = corruptions(tmp_path, ALEXNET_ERROR, severities=(1,))
+    found = judge_corruptions(path, lambda *_: 0.3)
+    assert list(found.metrics) == list(found.headline) == ["mce_of_15"]
+
+
 def test_corruption_errors(tmp_path):
     path = corruptions(tmp_path, ["fog", "rain"])
     with pytest.raises(ValueError, match=r"\['rain'\] have no AlexNet error, see --alexnet-errors"):
