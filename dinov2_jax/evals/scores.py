@@ -28,6 +28,9 @@ ALEXNET_ERROR = {
 }
 
 
+_RANKED_AT_ONCE = 1 << 22  # cells [rows, classes], 12 bytes each
+
+
 def top_classes(scores: np.ndarray, k: int) -> np.ndarray:
     """The k best classes of each row `[rows, k]`, best first; of equals the first comes first.
 
@@ -35,7 +38,12 @@ def top_classes(scores: np.ndarray, k: int) -> np.ndarray:
       scores: `[rows, classes]`.
       k: at most; of fewer classes all are ranked.
     """
-    return np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int32)
+    ranked = np.empty((len(scores), min(k, scores.shape[1])), np.int32)
+    at_once = max(_RANKED_AT_ONCE // scores.shape[1], 1)
+    for start in range(0, len(scores), at_once):
+        piece = slice(start, start + at_once)
+        ranked[piece] = np.argsort(-scores[piece], axis=1, kind="stable")[:, :k]
+    return ranked
 
 
 def top_k_accuracy(ranked: np.ndarray, labels: np.ndarray, k: int) -> float:

@@ -1,9 +1,12 @@
 """Metrics by hand, by loops, and by scikit-learn."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
+from dinov2_jax.evals import scores
 from dinov2_jax.evals.scores import (
     ALEXNET_ERROR,
     average_precision_11_point,
@@ -32,6 +35,19 @@ def test_top_k_is_scikit_learns(case):
     for k in (1, 2, 5):
         expected = top_k_accuracy_score(labels, table, k=k)
         assert top_k_accuracy(ranked, labels, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_ranking_needs_little_more_than_its_result(case, monkeypatch):
+    table, _ = case
+    whole = top_classes(table, 3)
+    monkeypatch.setattr(scores, "_RANKED_AT_ONCE", 7 * 20)
+    np.testing.assert_array_equal(top_classes(table, 3), whole)
+    table = np.zeros((1000, 100), np.float32)
+    tracemalloc.start()
+    top_classes(table, 5)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < table.nbytes / 2
 
 
 def test_equal_scores_go_to_the_first_class():
