@@ -1,7 +1,7 @@
 """The paper's numbers for frozen features, to stand beside ours in a table.
 
 Oquab et al., 2023 (arXiv 2304.07193): Tables 4-11 and section 8. Of ViT-S, B, L and g, patch 14,
-without registers; differences of 0.6 points are noise there. ViT-g alone has the fairness table.
+without registers; differences of 0.6 points are noise there. ViT-g alone has the fairness tables.
 """
 
 from collections.abc import Mapping
@@ -66,6 +66,14 @@ NUMBERS: dict[tuple[str, str, str], tuple[float | None, ...]] = {
     ("dollar_street", "fairness", "region_asia"): (None, None, None, 81.6),
     ("dollar_street", "fairness", "region_americas"): (None, None, None, 86.2),
     ("dollar_street", "fairness", "region_europe"): (None, None, None, 89.7),
+    ("casual_conversations", "fairness", "human_female_darker"): (None, None, None, 97.3),
+    ("casual_conversations", "fairness", "human_female_lighter"): (None, None, None, 97.7),
+    ("casual_conversations", "fairness", "human_male_darker"): (None, None, None, 86.1),
+    ("casual_conversations", "fairness", "human_male_lighter"): (None, None, None, 84.0),
+    ("casual_conversations", "fairness", "possibly_human_female_darker"): (None, None, None, 15.8),
+    ("casual_conversations", "fairness", "possibly_human_female_lighter"): (None, None, None, 17.2),
+    ("casual_conversations", "fairness", "possibly_human_male_darker"): (None, None, None, 52.2),
+    ("casual_conversations", "fairness", "possibly_human_male_lighter"): (None, None, None, 48.1),
 }
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from dinov2_jax.evals import paper
+from dinov2_jax.evals.fairness import ASSOCIATIONS
 from dinov2_jax.evals.paper import datasets, metric_of, paper_number
 
 MODEL = {"variant": "vit_small", "patch_size": 14, "num_register_tokens": 0}
@@ -25,6 +26,17 @@ def test_numbers_by_variant():
 def test_other_models_have_none(model):
     assert number(**model) is None
     assert number(dataset="mine") is None and number(metric="top5") is None
+
+
+def test_fairness_is_named_as_its_task_does():
+    """Numbers stand beside metrics of these names, which groups and associations make."""
+    people = dict(dataset="casual_conversations", task="fairness", variant="vit_giant2")
+    assert number(metric="human_female_darker", **people) == 97.3
+    assert number(metric="possibly_human_male_lighter", **people) == 48.1
+    groups = [f"{x}_{y}" for x in ("female", "male") for y in ("darker", "lighter")]
+    assert {metric for name, _, metric in paper.NUMBERS if name == "casual_conversations"} == {
+        f"{association}_{group}" for association in ASSOCIATIONS[:2] for group in groups
+    }
 
 
 def test_metrics_and_names():
