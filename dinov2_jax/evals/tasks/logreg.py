@@ -1,6 +1,7 @@
 """Logistic regression: `python -m dinov2_jax.evals logreg`. Protocol: eval/log_regression.py."""
 
 import argparse
+import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -87,10 +88,7 @@ def run(run: Run) -> Result:
         train, val = train.rows(rows[count:]), train.rows(rows[:count])
     fit = dict(num_classes=len(names), dtype=flags.solver_dtype)
     request = {
-        "weights_sha256": index["model"]["weights_sha256"],
-        "source": index["source"],
-        "sizes": image_sizes(index),
-        "images": [len(train.targets), len(val.targets)],
+        "data_sha256": _sha256([*train, *val]),
         "metric": metric,
         "dtype": flags.solver_dtype,
     }
@@ -191,14 +189,8 @@ def _sweep(
 ) -> dict[str, float]:
     """The metric on held-out images by C, from the file of an earlier call as far as it has it."""
     path = run.out / SWEEP_FILE
-    request = json.loads(json.dumps(request))
-    found = {}
-    if path.exists():
-        try:
-            saved = json.loads(path.read_text())
-            found = saved["sweep"] if saved["request"] == request else {}
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it") from error
+    # Together: one that came late would find what the primary had written meanwhile.
+    found = distributed.together(lambda: _read_sweep(path, request))
     left = [c for c in C_GRID if _key(c) not in found]
     with Display(total=len(C_GRID), done=len(found), unit="C", is_shown=run.is_primary) as display:
         for fitted in fit_grid(train.features, train.targets, left, **fit) if left else ():
@@ -209,6 +201,24 @@ def _sweep(
             distributed.on_primary(lambda text=text: _write(path, text))
             display.show(len(found), f"C {fitted.c:.3g}: {metric} {found[_key(fitted.c)]:.2f} %")
     return found
+
+
+def _read_sweep(path: pathlib.Path, request: Mapping[str, Any]) -> dict[str, float]:
+    if not path.exists():
+        return {}
+    try:
+        saved = json.loads(path.read_text())
+        return saved["sweep"] if saved["request"] == request else {}
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it") from error
+
+
+def _sha256(arrays: Sequence[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 def _write(path: pathlib.Path, text: str) -> None:

@@ -114,6 +114,30 @@ def test_several_classes_an_image(cache, model_path, colors, tmp_path):
     assert main(["logreg", *out, "--metric=top1", "--force"]) == 2
 
 
+def test_the_sweep_of_other_labels_is_made_again(cache, model_path, colors, tmp_path):
+    """Of the same images: a class that was wrong in the file is put right."""
+    data = tmp_path / "data"
+    data.mkdir()
+    names = ("red", "green", "blue")
+
+    def label(turn: int) -> dict[str, float]:
+        for split in ("train", "val", "test"):
+            labels = {
+                f"{split}/{name}/{i}.png": [names[(number + turn * i) % 3]]
+                for number, name in enumerate(names)
+                for i in range(4)
+            }
+            (data / f"{split}.json").write_text(json.dumps(labels))
+        out = ["--model", str(model_path), "--data", str(data), "--out", str(tmp_path / "out")]
+        assert main(["logreg", *out, "--force"]) == 0
+        return read(tmp_path)["details"]["sweep"]
+
+    for split in ("train", "val", "test"):
+        (data / split).symlink_to(colors / split)
+    mixed, right = label(1), label(0)
+    assert max(right.values()) > max(mixed.values())
+
+
 def test_wrong_input_is_one_line(arguments, capsys):
     assert main(["logreg", *arguments, "--dataset=voc07"]) == 2
     error = capsys.readouterr().err
