@@ -18,7 +18,9 @@ from dinov2_jax.features.index import weights_sha256
 from dinov2_jax.model import Model
 
 # Of speed alone, or of where things lie: not part of what was asked for.
-_FREE_FLAGS = ("task", "out", "cache", "batch_size", "threads", "force", "distributed")
+_FREE_FLAGS = (
+    *("task", "out", "cache", "batch_size", "threads", "force", "distributed", "save_every"),
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -94,7 +96,8 @@ def run_task(flags: argparse.Namespace, *, model: Model | None = None) -> dict[s
     model = model or load_model(flags)
     sha256 = weights_sha256(model.params)
     request = _request(flags, model, sha256)
-    record = None if flags.force else read_record(flags.out)
+    # Together: one that came late would find what the primary had written meanwhile.
+    record = distributed.together(lambda: None if flags.force else read_record(flags.out))
     if record is not None:
         _check_same(flags.out, record["request"], request)
         say(f"{flags.out} has this result already; --force makes it again")

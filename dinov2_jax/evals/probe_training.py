@@ -54,13 +54,14 @@ def train_probe(
       file: where the state is kept; what is complete stays there.
       settings: JSON; a file of other settings is not gone on with.
       save_every: steps between two saves, about.
-      anew: a file of other settings is replaced.
+      anew: a file of other settings, or a damaged one, is replaced.
       is_primary: whether this process writes and speaks.
 
     Raises:
       ValueError: the file is of other settings, or damaged.
     """
-    saved = _load(file, state, settings, anew=anew)
+    # Together: one that came late would find what the primary had written meanwhile.
+    saved = distributed.together(lambda: _load(file, settings, anew=anew))
     state = saved or state
     first = int(state.step)
     mesh = make_mesh()
@@ -115,9 +116,7 @@ def save_state(
     distributed.together(write if is_primary else lambda: None)
 
 
-def _load(
-    file: pathlib.Path, like: ProbeState, settings: Mapping[str, Any], *, anew: bool
-) -> ProbeState | None:
+def _load(file: pathlib.Path, settings: Mapping[str, Any], *, anew: bool) -> ProbeState | None:
     if not file.exists():
         return None
     cure = "delete it, choose another --out, or --force to begin anew"
@@ -125,6 +124,8 @@ def _load(
         flat, facts = read_safetensors(file)
         found, step = json.loads(facts["settings"]), int(facts["step"])
     except (ValueError, KeyError) as error:
+        if anew:
+            return None
         raise ValueError(f"{file} is damaged ({error}); {cure}") from error
     settings = json.loads(json.dumps(settings))
     if found != settings:

@@ -71,8 +71,9 @@ def test_a_state_of_other_settings_is_not_gone_on_with(tmp_path):
         train(file, settings=other)
     assert int(train(file, settings=other, anew=True).step) == STEPS
     file.write_bytes(b"torn")
-    with pytest.raises(ValueError, match=r"is damaged .*delete it"):
+    with pytest.raises(ValueError, match=r"is damaged .*delete it.*--force to begin anew"):
         train(file)
+    assert int(train(file, anew=True).step) == STEPS
 
 
 def test_eight_devices_agree_with_one(tmp_path, monkeypatch):
