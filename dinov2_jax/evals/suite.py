@@ -151,5 +151,6 @@ def run_suite(argv: Sequence[str], *, find_task: Callable[[str], Task]) -> list[
             say(f"left out: {failures[-1]}")
     found = [record for name in entries if (record := read_record(flags.out / name))]
     if found:
-        say("\n" + distributed.on_primary(lambda: write_tables(flags.out, found)), end="")
+        table = distributed.on_primary(lambda: write_tables(flags.out, found))
+        say(f"\n{table}", end="")
     return failures

@@ -147,6 +147,16 @@ def test_processes_join_before_jax_is_used(write, monkeypatch):
     assert order[0] == "auto" and "loaded" in order
 
 
+def test_other_processes_than_the_first_say_and_write_nothing(write, tmp_path, capsys, monkeypatch):
+    argv = write(ENTRIES)
+    run_suite([*argv, "--only", "one"], find_task=stand_in)
+    (tmp_path / "out" / "table.json").unlink()
+    capsys.readouterr()
+    monkeypatch.setattr(suite.distributed, "is_primary", lambda: False)
+    assert run_suite([*argv, "--only", "one"], find_task=stand_in) == []
+    assert capsys.readouterr().out == "" and not (tmp_path / "out" / "table.json").exists()
+
+
 def test_a_name_that_none_has(write):
     with pytest.raises(ConfigError, match=r"--only zebra must match a name of .*; none does"):
         run_suite([*write(ENTRIES), "--only", "zebra"], find_task=stand_in)
