@@ -20,6 +20,7 @@ from dinov2_jax.evals.scores import (
     top_classes,
     top_k_accuracy,
 )
+from dinov2_jax.evals.splits import check_labels
 from dinov2_jax.features.read import FeatureSet
 
 KINDS = ("images", "label_sets", "corruptions")
@@ -140,6 +141,7 @@ def judge_images(
     """
     if features.labels is None:
         raise DataError(f"{at} must have labels: a folder of images for each class")
+    check_labels(features.labels, num_classes=len(features.label_names), at=at)
     known = training_classes(features.label_names, of=of, at=at, file=file)
     kept = known >= 0
     rows = np.flatnonzero(kept[features.labels])

@@ -13,6 +13,7 @@ from dinov2_jax.data.image_ops import decode
 from dinov2_jax.data.multicrop import random_resized_crop
 from dinov2_jax.data.order import Order, stream_rng
 from dinov2_jax.data.records import BadImage, DataError, Source
+from dinov2_jax.evals.splits import check_labels
 from dinov2_jax.features.fill import FINITE, make_extractor
 from dinov2_jax.features.outputs import make_compute, parse_what
 from dinov2_jax.features.read import FeatureSet
@@ -110,9 +111,11 @@ class AugmentedBatches:
         arrays = self._extractor(self._params, crops())
         if not arrays[FINITE].all():
             raise ValueError("features must be finite; the model's weights are not sound")
-        features = probe_features(arrays)
+        features, labels = probe_features(arrays), np.array(labels, np.int32)
+        names = self._source.label_names
+        check_labels(labels, num_classes=len(names), at=self._source.describe())
         shape = positions.shape
-        return features.reshape(*shape, -1), np.reshape(np.array(labels, np.int32), shape)
+        return features.reshape(*shape, -1), labels.reshape(shape)
 
     def _read(self, position: int) -> tuple[np.ndarray, int]:
         rng = stream_rng(self._seed, _CROPS, position)

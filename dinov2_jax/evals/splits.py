@@ -36,8 +36,35 @@ def find_split(data: str, names: Sequence[str]) -> str:
 
 
 def open_split(data: str, names: Sequence[str]) -> Source:
-    """Opens `find_split`."""
-    return open_source(find_split(data, names))
+    """Opens the first of `names` that exists.
+
+    Raises:
+      DataError: none of them is there, or it cannot be used.
+    """
+    if not data.startswith(("hf:", "tfds:")):
+        return open_source(find_split(data, names))
+    reasons = []
+    for name in names:
+        try:
+            return open_source(f"{data}:{name}")
+        except DataError as error:
+            reasons.append(error)
+    raise reasons[0]
+
+
+def check_labels(labels: np.ndarray, *, num_classes: int, at: str) -> None:
+    """Checks that every label is one: public test splits often have -1 for all that is secret.
+
+    Raises:
+      DataError: one is not in [0, num_classes).
+    """
+    is_bad = ~((labels >= 0) & (labels < num_classes))
+    if is_bad.any():
+        raise DataError(
+            f"{is_bad.sum():,} of {len(labels):,} labels of {at} are none, such as "
+            f"{labels[is_bad][0]}; they must be numbers from 0 to {num_classes - 1}: choose a "
+            "split whose labels are public, see --split"
+        )
 
 
 def labels_like(
@@ -67,7 +94,9 @@ def labels_like(
 def add_crop_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of tasks on whole images: which split is tested, and the size of its images."""
     parser.add_argument(
-        "--split", metavar="NAME", help="tested; default: val, or test where there is no val"
+        "--split",
+        metavar="NAME",
+        help="tested; default: val or validation, or test where there is neither",
     )
     parser.add_argument(
         "--resize", type=int, metavar="PX", help="short side; default: the model's (256)"
@@ -79,7 +108,7 @@ def add_crop_flags(parser: argparse.ArgumentParser) -> None:
 
 def tested(flags: argparse.Namespace) -> tuple[str, ...]:
     """Names of the split that `add_crop_flags` asks for, the preferred first."""
-    return (flags.split,) if flags.split else ("val", "test", "validation")
+    return (flags.split,) if flags.split else ("val", "validation", "test")
 
 
 def image_sizes(index: Mapping[str, Any]) -> dict[str, int | None]:

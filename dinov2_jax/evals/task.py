@@ -16,6 +16,7 @@ from dinov2_jax import distributed
 from dinov2_jax.data.records import Source
 from dinov2_jax.evals.feature_cache import cached_features
 from dinov2_jax.evals.results import Result
+from dinov2_jax.evals.splits import check_labels
 from dinov2_jax.features.read import FeatureSet
 from dinov2_jax.model import Model
 
@@ -94,8 +95,11 @@ def require_labels(features: FeatureSet, *, at: str, layout: str) -> np.ndarray:
     """The labels `[rows]` of a set of at least two classes.
 
     Raises:
-      ValueError: it has none, or a single class; the message shows the layout expected.
+      ValueError: it has none, or a single class, and the message shows the layout expected; or a
+        label is out of range.
     """
+    if features.labels is not None:
+        check_labels(features.labels, num_classes=len(features.label_names), at=at)
     classes = 0 if features.labels is None else len(np.unique(features.labels))
     require_classes(classes, at=at, layout=layout)
     return features.labels

@@ -143,7 +143,7 @@ def _ssv2(root: pathlib.Path) -> tuple[_Pairs, _Pairs] | None:
 
 
 def _folders(root: pathlib.Path) -> tuple[_Pairs, _Pairs] | None:
-    test = next((x for x in ("val", "test", "validation") if (root / x).is_dir()), None)
+    test = next((x for x in ("val", "validation", "test") if (root / x).is_dir()), None)
     if test is None or not (root / "train").is_dir():
         return None
     parts = []

@@ -89,6 +89,12 @@ def test_other_classes_cannot_be_predicted():
     assert found.counts == {"images": 3, "classes": 2}
 
 
+def test_labels_out_of_range():
+    features = make_features("abc", [1, -1, 0], ("bee", "dog"))
+    with pytest.raises(ValueError, match="1 of 3 labels of v2 are none, such as -1"):
+        judge_images(features, lambda _: np.zeros((3, 4)), of=TRAIN, at="v2", file=None)
+
+
 def test_images_of_classes_left_out_do_not_count(tmp_path):
     file = tmp_path / "classes.txt"
     file.write_text("dog\n")

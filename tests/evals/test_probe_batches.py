@@ -62,6 +62,13 @@ def test_augmented_batches_depend_on_the_position_alone(model, colors):
     assert not np.allclose(other, x[0], atol=1e-3)
 
 
+def test_labels_that_are_none_are_refused(model):
+    image = np.zeros((20, 20, 3), np.uint8)
+    batches = make_augmented(model, ListSource([image] * 2, ["a", "b"], [-1, 0], ("x", "y")))
+    with pytest.raises(ValueError, match=r"labels of .* are none, such as -1"):
+        batches(np.arange(4))
+
+
 def test_crops_are_random_and_flipped(model, monkeypatch):
     ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (200, 1, 3))
     batches = make_augmented(model, ListSource([ramp] * 2, ["a", "b"], [0, 1], ("x", "y")))

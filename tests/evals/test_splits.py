@@ -5,9 +5,11 @@ import argparse
 import numpy as np
 import pytest
 
+from dinov2_jax.data.records import DataError
 from dinov2_jax.evals import splits
 from dinov2_jax.evals.splits import (
     add_crop_flags,
+    check_labels,
     find_split,
     image_sizes,
     labels_like,
@@ -35,6 +37,8 @@ def test_the_first_name_that_is_there(tmp_path):
     (tmp_path / "validation").mkdir()
     (tmp_path / "test").mkdir()
     assert find_split(str(tmp_path), ("val", "test", "validation")).endswith("test")
+    tested = splits.tested(argparse.Namespace(split=None))
+    assert find_split(str(tmp_path), tested).endswith("validation")  # it is val by another name
     assert find_split("hf:cifar10", ("test", "val")) == "hf:cifar10:test"
     with pytest.raises(ValueError, match=r"holds no split a or b; expected: a folder with train/"):
         find_split(str(tmp_path), ("a", "b"))
@@ -44,6 +48,30 @@ def test_home_and_sources(colors, monkeypatch):
     monkeypatch.setenv("HOME", str(colors.parent))
     source = open_split(f"~/{colors.name}", ("val",))
     assert source.label_names == ("blue", "green", "red") and len(source) == 12
+
+
+def test_the_first_split_that_a_hub_has(monkeypatch):
+    asked = []
+
+    def open_source(path):
+        asked.append(path)
+        if not path.endswith(":test"):
+            raise DataError(f"{path} cannot be opened: unknown split")
+        return path
+
+    monkeypatch.setattr(splits, "open_source", open_source)
+    assert open_split("hf:cifar10", ("val", "validation", "test")) == "hf:cifar10:test"
+    assert asked == ["hf:cifar10:val", "hf:cifar10:validation", "hf:cifar10:test"]
+    with pytest.raises(DataError, match="hf:cifar10:train cannot be opened: unknown split"):
+        open_split("hf:cifar10", ("train", "training"))
+
+
+@pytest.mark.parametrize("bad", [-1, 2, np.nan])
+def test_labels_that_are_none(bad):
+    """-1 would count as the last class."""
+    with pytest.raises(DataError, match=r"1 of 3 labels of test are none, such as .*from 0 to 1: "):
+        check_labels(np.array([0, bad, 1]), num_classes=2, at="test")
+    check_labels(np.array([0, 1, 1]), num_classes=2, at="test")
 
 
 def test_labels_are_matched_by_name():
@@ -57,7 +85,7 @@ def test_labels_are_matched_by_name():
 def test_flags():
     parser = argparse.ArgumentParser()
     add_crop_flags(parser)
-    assert splits.tested(parser.parse_args([])) == ("val", "test", "validation")
+    assert splits.tested(parser.parse_args([])) == ("val", "validation", "test")
     flags = parser.parse_args(["--split", "dev", "--resize", "64", "--crop", "56"])
     assert splits.tested(flags) == ("dev",) and (flags.resize, flags.crop) == (64, 56)
     index = {"resize_size_px": 64, "crop_size_px": 56, "what": "cls"}

@@ -14,7 +14,7 @@ def features(labels) -> FeatureSet:
         ids=np.arange(count),
         paths=["a"] * count,
         labels=labels,
-        label_names=(),
+        label_names=tuple("abcde"),
         index={},
     )
 
@@ -23,6 +23,11 @@ def test_labels_of_two_classes_are_given():
     labels = np.array([0, 4, 4])
     assert require_labels(features(labels), at="train", layout="L") is labels
     require_classes(2, at="train", layout="L")
+
+
+def test_labels_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="2 of 4 labels of train are none, such as 5"):
+        require_labels(features(np.array([0, 5, -1, 4])), at="train", layout="L")
 
 
 @pytest.mark.parametrize(("labels", "count"), [(None, 0), (np.array([2, 2]), 1)])

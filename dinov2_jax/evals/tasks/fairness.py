@@ -156,7 +156,7 @@ def _train(run: Run, what: str, sizes) -> tuple[LinearClassifier, Sequence[str],
     """The best of the probe's grid on a labelled folder."""
     flags, data = run.flags, _located(run, run.flags.train)
     train = run.features(open_split(data, ("train",)), what=what, **sizes)
-    val = run.features(open_split(data, ("val", "test", "validation")), what=what, **sizes)
+    val = run.features(open_split(data, ("val", "validation", "test")), what=what, **sizes)
     layout = "train/ and val/ (or test/), each with a folder of images per class"
     train_labels = require_labels(train, at=f"train of {data}", layout=layout)
     val_labels = labels_like(
