@@ -123,11 +123,13 @@ def run(run: Run) -> Result:
         num_threads=num_threads(flags),
         is_shown=run.is_primary,
     )
-    if examples:
+    # Not where there are examples: of several processes one may have tested no image.
+    if flags.charts:
         run.out.mkdir(parents=True, exist_ok=True)
         title = f"Depth ({name}) of {pathlib.Path(run.data).name} by {run.model.name}"
-        sheet = depth_sheet(examples, title=title)
-        distributed.on_primary(lambda: save(sheet, run.out / "predictions.png"))
+        distributed.on_primary(
+            lambda: save(depth_sheet(examples, title=title), run.out / "predictions.png")
+        )
     return Result(
         metrics={f"{metric}_{name}": errors[metric] for metric in DEPTH_METRICS},
         headline=[f"{metric}_{name}" for metric in ("rmse", "abs_rel", "d1")],

@@ -118,11 +118,16 @@ def run(run: Run) -> Result:
         num_threads=threads,
         is_shown=run.is_primary,
     )
-    if examples:
+    # Not where there are examples: of several processes one may have tested no image.
+    if flags.charts:
         run.out.mkdir(parents=True, exist_ok=True)
         title = f"Segmentation ({name}) of {pathlib.Path(run.data).name} by {run.model.name}"
-        sheet = overlay_sheet(examples, test.class_names, title=title)
-        distributed.on_primary(lambda: save(sheet, run.out / "predictions.png"))
+        distributed.on_primary(
+            lambda: save(
+                overlay_sheet(examples, test.class_names, title=title),
+                run.out / "predictions.png",
+            )
+        )
     metrics = segmentation_metrics(counts)
     return Result(
         metrics={f"{key}_{name}": value for key, value in metrics.items()},

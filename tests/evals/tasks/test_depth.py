@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinov2_jax import distributed
 from dinov2_jax.convert.safetensors_file import read_safetensors, write_safetensors
 from dinov2_jax.evals.__main__ import main
+from dinov2_jax.evals.dense.metrics import DEPTH_METRICS
+from dinov2_jax.evals.tasks import depth
 from tests.evals.dense.small_sets import save_depths, save_pair
 
 QUICK = (
@@ -93,3 +96,14 @@ def test_errors(data, trained, tmp_path, capsys):
     wrong = save_depths(tmp_path / "wrong")
     Image.fromarray(np.zeros((5, 6), np.uint16)).save(wrong / "depth" / "frame0.png")
     assert "has 56 x 42 pixels and" in error(data=wrong)
+
+
+def test_a_process_that_tested_no_image_meets_the_others(data, trained, tmp_path, monkeypatch):
+    """Where one process draws all must come: it would wait for one that did not."""
+    met = []
+    monkeypatch.setattr(distributed, "on_primary", met.append)
+    errors = dict.fromkeys(DEPTH_METRICS, 1.0)
+    monkeypatch.setattr(depth, "evaluate_depths", lambda *_, **__: (errors, 1, []))
+    command = ["depth", "--model", "pixels", "--data", str(data), "--out", str(tmp_path)]
+    assert main([*command, "--head", str(trained[0] / "head.safetensors")]) == 0
+    assert len(met) == 2  # the sheet and the record

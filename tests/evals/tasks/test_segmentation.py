@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from dinov2_jax import distributed
 from dinov2_jax.evals.__main__ import main
+from dinov2_jax.evals.tasks import segmentation
 from tests.evals.dense.small_sets import save_masks
 
 QUICK = (
@@ -82,3 +85,15 @@ def test_errors(data, trained, tmp_path, capsys):
     assert "No such file" in error("--head", str(tmp_path / "none"))
     (tmp_path / "three").write_text("a\nb\n")
     assert "holds [2], and the 2 classes" in error("--classes", str(tmp_path / "three"))
+
+
+def test_a_process_that_tested_no_image_meets_the_others(data, trained, tmp_path, monkeypatch):
+    """Where one process draws all must come: it would wait for one that did not."""
+    met = []
+    monkeypatch.setattr(distributed, "on_primary", met.append)
+    monkeypatch.setattr(
+        segmentation, "evaluate_masks", lambda *_, **__: (np.eye(3, dtype=np.int64), [])
+    )
+    command = ["segmentation", "--model", "pixels", "--data", str(data), "--out", str(tmp_path)]
+    assert main([*command, "--head", str(trained[0] / "head.safetensors")]) == 0
+    assert len(met) == 2  # the sheet and the record
