@@ -80,6 +80,10 @@ def test_errors(data, trained, tmp_path, capsys):
     assert "--neighbors 50 must not exceed the 6" in error(
         "--protocol", "knn", "--neighbors", "50", "--bank-patches", "6"
     )
+    assert "stride 43 px must not exceed the crop of 42 px" in error("--stride", "43")
+    assert "'0' must be above 0" in error("--ratios", "1", "0")
+    assert "'0' must be above 0" in error("--learning-rate", "0")
+    assert "'-1' must be a whole number, at least 0" in error("--charts", "-1")
     assert "holds no split nothing" in error("--split", "nothing", "--head", head)
     assert "must not exceed the short side of 42" in error("--cached", "--crop", "56")
     assert "No such file" in error("--head", str(tmp_path / "none"))
