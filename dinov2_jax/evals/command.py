@@ -4,6 +4,7 @@ A result that is there already, made by the same request, is shown and not made 
 """
 
 import argparse
+import math
 import pathlib
 import resource
 import time
@@ -32,6 +33,20 @@ def positive(text: str) -> int:
     """A flag's type: a whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
+    return int(text)
+
+
+def positive_number(text: str) -> float:
+    """A flag's type: a number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
+    return float(text)
+
+
+def count(text: str) -> int:
+    """A flag's type: a whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 0")
     return int(text)
 
 

@@ -44,6 +44,39 @@ def test_pickles_of_old_numpy_are_read(tmp_path):
     np.testing.assert_array_equal(safe_pickle.load(path)["gnd"][0]["easy"], [0])
 
 
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6, dtype=">i4").reshape(2, 3),
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        np.array(["a", "bcd"]),
+        np.array([True, False]),
+        np.float32(1.5),
+        np.zeros((0, 2)),
+    ],
+)
+def test_arrays_become_lists(tmp_path, protocol, array):
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps([array], protocol=protocol))
+    assert safe_pickle.load(path) == [array.tolist()]
+
+
+class OfAddresses:
+    """An array of objects whose bytes, which are addresses of objects, the file chooses."""
+
+    def __reduce__(self):
+        return np.ndarray, ((1,), np.dtype(object), b"\x01" * 8)
+
+
+@pytest.mark.parametrize("content", [OfAddresses(), np.array([None]), np.zeros(1, [("a", "O")])])
+def test_arrays_of_objects_are_refused(tmp_path, content):
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(DataError, match=r"x\.pkl cannot be used: it holds an array of (O|V)8"):
+        safe_pickle.load(path)
+
+
 def test_nothing_in_a_pickle_is_run(tmp_path):
     path, harm = tmp_path / "gnd_x.pkl", tmp_path / "harm"
     path.write_bytes(pickle.dumps({"imlist": [Harmful(harm)]}))
@@ -124,6 +157,9 @@ def test_list(tmp_path):
     assert found.boxes == [[0, 0, 2, 2], None]
     path = write_list(tmp_path / "list.json", ["a", "b"], [{"image": "q", "easy": ["a"]}])
     assert open_retrieval(path).levels == LEVELS
+    # A query of the database that finds nothing but itself is no query of the other kind.
+    queries = [{"image": "q", "easy": ["a"]}, {"image": "b"}]
+    assert open_retrieval(write_list(tmp_path / "list.json", ["a", "b"], queries)).levels == LEVELS
 
 
 @pytest.mark.parametrize(
@@ -135,6 +171,12 @@ def test_list(tmp_path):
         (["a"], {"image": "q", "positive": ["x"]}, r"positive images \['x'\] of query q must be"),
         (["a"], {"image": "q", "positive": ["a"], "junk": ["a"]}, "names an image twice"),
         (["a", "b"], {"image": "q", "positive": ["a"], "hard": ["b"]}, "not both"),
+        ([1], {"image": "q"}, "database must be a list of paths"),
+        (["a"], "q", "and queries of records"),
+        (["a"], {"image": 1}, "image 1 of a query must be a path"),
+        (["a"], {"image": "q", "positive": "a"}, "positive of query q must be a list of paths"),
+        (["a"], {"image": "q", "junk": [["a"]]}, "junk of query q must be a list of paths"),
+        (["a"], {"image": "q", "box": [1, 2, 3]}, r"box \[1, 2, 3\] of query q must be \[left"),
     ],
 )
 def test_lists_that_are_wrong(tmp_path, database, query, message):

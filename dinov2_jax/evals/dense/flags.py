@@ -5,7 +5,7 @@ import hashlib
 import os
 import pathlib
 
-from dinov2_jax.evals.command import positive
+from dinov2_jax.evals.command import count, positive, positive_number
 
 
 class HeadFile:
@@ -39,11 +39,16 @@ def add_head_flags(parser: argparse.ArgumentParser, *, iterations: int) -> None:
         help=f"steps of training (default {iterations}, as in the paper)",
     )
     add("--images-per-step", type=positive, default=16, metavar="N", help="default 16")
-    add("--learning-rate", type=float, metavar="X", help="its peak; default: the protocol's")
+    add(
+        "--learning-rate",
+        type=positive_number,
+        metavar="X",
+        help="its peak; default: the protocol's",
+    )
     add("--weight-decay", type=float, metavar="X", help="default: the protocol's")
     add(
         "--warmup",
-        type=int,
+        type=count,
         metavar="N",
         help="steps; default: the share of all steps that the protocol has",
     )
@@ -63,7 +68,7 @@ def add_head_flags(parser: argparse.ArgumentParser, *, iterations: int) -> None:
     add("--pth", action="store_true", help="also write head.pth, as released (needs PyTorch)")
     add(
         "--charts",
-        type=int,
+        type=count,
         default=8,
         metavar="N",
         help="examples on the sheet predictions.png (default 8; 0: no sheet)",

@@ -41,14 +41,23 @@ def make_slide(
     """How images are tested: the protocol's sizes, with what is given in their place.
 
     A crop that is not given is the short side; a stride keeps its share of the crop.
+
+    Raises:
+      ValueError: the stride is larger than the crop, so that windows leave gaps.
     """
     sizes = PROTOCOLS[name]
     short_side_px = short_side_px or sizes.short_side
     crop_px = crop_px or short_side_px
+    stride_px = stride_px or max(round(crop_px * sizes.stride / sizes.short_side), 1)
+    if stride_px > crop_px:
+        raise ValueError(
+            f"stride {stride_px} px must not exceed the crop of {crop_px} px: windows would leave "
+            "gaps; lower --stride"
+        )
     return Slide(
         short_side_px=short_side_px,
         crop_px=crop_px,
-        stride_px=stride_px or max(round(crop_px * sizes.stride / sizes.short_side), 1),
+        stride_px=stride_px,
         ratios=tuple(ratios or sizes.test_ratios),
         flip=sizes.flip if flip is None else flip,
     )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dinov2_jax import distributed
-from dinov2_jax.evals.command import positive
+from dinov2_jax.evals.command import count, positive, positive_number
 from dinov2_jax.evals.dense import depth_views
 from dinov2_jax.evals.dense.charts import depth_sheet
 from dinov2_jax.evals.dense.depth_sets import (
@@ -56,10 +56,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "DPT head on the same four; with --head, what the head says",
     )
     add("--layout", choices=("auto", *LAYOUTS), default="auto", help="of --data; see below")
-    add("--scale", type=float, metavar="X", help="units of depth files in a metre; default 1000")
+    add(
+        "--scale",
+        type=positive_number,
+        metavar="X",
+        help="units of depth files in a metre; default 1000, KITTI 256",
+    )
     add(
         "--range",
-        type=float,
+        type=positive_number,
         nargs=2,
         metavar=("MIN", "MAX"),
         help="of the head, in metres; default: what its file says, else 0.001 10, KITTI 0.001 80",
@@ -79,7 +84,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--gradient-weight", type=float, default=0.0, help="of the gradient loss (default 0)")
     add(
         "--images-per-loss",
-        type=int,
+        type=count,
         default=2,
         metavar="N",
         help="SigLoss is taken of so many images; the reference has 2 on each GPU; 0: all",
@@ -100,6 +105,7 @@ def run(run: Run) -> Result:
     flags, spec = run.flags, run.model.spec
     layout = find_layout(run.data) if flags.layout == "auto" else flags.layout
     facts = LAYOUTS[layout]
+    _check_flags(flags)
     predictor = _trained(run, layout) if flags.head is None else _loaded(run, layout)
     name, mask = predictor.protocol["protocol"], flags.mask or facts.mask
     test = _open(run, layout, "test")
@@ -123,11 +129,13 @@ def run(run: Run) -> Result:
         num_threads=num_threads(flags),
         is_shown=run.is_primary,
     )
-    if examples:
+    # Not where there are examples: of several processes one may have tested no image.
+    if flags.charts:
         run.out.mkdir(parents=True, exist_ok=True)
         title = f"Depth ({name}) of {pathlib.Path(run.data).name} by {run.model.name}"
-        sheet = depth_sheet(examples, title=title)
-        distributed.on_primary(lambda: save(sheet, run.out / "predictions.png"))
+        distributed.on_primary(
+            lambda: save(depth_sheet(examples, title=title), run.out / "predictions.png")
+        )
     return Result(
         metrics={f"{metric}_{name}": errors[metric] for metric in DEPTH_METRICS},
         headline=[f"{metric}_{name}" for metric in ("rmse", "abs_rel", "d1")],
@@ -146,6 +154,14 @@ def run(run: Run) -> Result:
             "without_depth": len(test) - num_tested,
         },
     )
+
+
+def _check_flags(flags: argparse.Namespace) -> None:
+    if flags.range and flags.range[0] >= flags.range[1]:
+        low, high = flags.range
+        raise ValueError(f"--range {low:g} {high:g} must be the smaller depth and the larger one")
+    if not 0 < flags.holdout < 1:
+        raise ValueError(f"--holdout {flags.holdout:g} must be a share between 0 and 1")
 
 
 def _loaded(run: Run, layout: str) -> Predictor:

@@ -15,9 +15,9 @@ import numpy as np
 
 from dinov2_jax import distributed
 from dinov2_jax.data.ahead import map_ahead
-from dinov2_jax.evals.command import positive
+from dinov2_jax.evals.command import count, positive, positive_number
 from dinov2_jax.evals.dense.bank import build_bank, patch_maps, voting_maps
-from dinov2_jax.evals.dense.charts import overlay_sheet
+from dinov2_jax.evals.dense.charts import mask_sheets
 from dinov2_jax.evals.dense.evaluate import evaluate_masks
 from dinov2_jax.evals.dense.fit import fit_head
 from dinov2_jax.evals.dense.flags import add_head_flags, num_threads, warmup_steps
@@ -53,7 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--classes", type=pathlib.Path, metavar="FILE", help="default: classes.txt of --data")
     add(
         "--ignore",
-        type=int,
+        type=count,
         nargs="+",
         metavar="N",
         help="numbers in the masks that are no class; default 255, and 0 in ADE20K",
@@ -63,7 +63,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--stride", type=positive, metavar="PX", help="of windows; default 341, ms 320, or 2/3, 1/2"
     )
-    add("--ratios", type=float, nargs="+", metavar="X", help="sizes tested, times --short-side")
+    add(
+        "--ratios",
+        type=positive_number,
+        nargs="+",
+        metavar="X",
+        help="sizes tested, times --short-side",
+    )
     add("--flip", action=argparse.BooleanOptionalAction, help="test mirror images; default: ms")
     add(
         "--loss-mean",
@@ -73,7 +79,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--neighbors", type=positive, default=20, metavar="K", help="of knn: voters (default 20)")
     add("--vote", choices=("weighted", "majority"), default="weighted", help="of knn")
-    add("--temperature", type=float, default=0.07, help="of knn's weights (default 0.07)")
+    add("--temperature", type=positive_number, default=0.07, help="of knn's weights (default 0.07)")
     add("--bank-patches", type=positive, default=200_000, metavar="N", help="of knn: kept at most")
     add_head_flags(parser, iterations=ITERATIONS)
 
@@ -118,12 +124,13 @@ def run(run: Run) -> Result:
         num_threads=threads,
         is_shown=run.is_primary,
     )
-    if examples:
+    metrics = segmentation_metrics(counts)
+    # Not where there are examples: of several processes one may have tested no image.
+    if flags.charts:
         run.out.mkdir(parents=True, exist_ok=True)
         title = f"Segmentation ({name}) of {pathlib.Path(run.data).name} by {run.model.name}"
-        sheet = overlay_sheet(examples, test.class_names, title=title)
-        distributed.on_primary(lambda: save(sheet, run.out / "predictions.png"))
-    metrics = segmentation_metrics(counts)
+        sheets = functools.partial(mask_sheets, examples, counts, test.class_names, title=title)
+        distributed.on_primary(lambda: [save(x, run.out / file) for file, x in sheets().items()])
     return Result(
         metrics={f"{key}_{name}": value for key, value in metrics.items()},
         headline=[f"miou_{name}"],

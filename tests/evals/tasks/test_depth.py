@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinov2_jax import distributed
 from dinov2_jax.convert.safetensors_file import read_safetensors, write_safetensors
 from dinov2_jax.evals.__main__ import main
+from dinov2_jax.evals.dense.metrics import DEPTH_METRICS
+from dinov2_jax.evals.tasks import depth
 from tests.evals.dense.small_sets import save_depths, save_pair
 
 QUICK = (
@@ -58,6 +61,15 @@ def test_four_layers_with_augmentation(data, tmp_path):
     assert record["protocol"]["layers"] == [0] * 4
 
 
+def test_what_was_trained_on_other_metres_is_not_gone_on_from(data, tmp_path, capsys):
+    flags = ["--cached", *TWO_STEPS]
+    run(data, tmp_path, *flags)
+    (tmp_path / "result.json").unlink()  # as where the test was interrupted
+    assert run(data, tmp_path, *flags, "--scale", "500") == 2
+    assert "holds the training of another request (dataset_sha256" in capsys.readouterr().err
+    assert run(data, tmp_path, *flags)["counts"]["train"] == 16
+
+
 def test_a_head_for_nyu_is_tested_on_sun(trained, tmp_path):
     """Zero-shot: images at 480 x 640, depth at its own size, above 8 m all the same."""
     root = tmp_path / "sun"
@@ -88,8 +100,22 @@ def test_errors(data, trained, tmp_path, capsys):
     assert "is a head for linear1, and not for dpt" in error("--head", head, "--protocol", "dpt")
     assert "none of 4 images has depth between" in error("--head", head, "--scale", "0.1")
     assert "must fit into images of 42 x 56" in error("--crop", "99", "99")
+    assert "--range 4 1 must be the smaller depth and" in error("--range", "4", "1")
+    assert "'0' must be above 0" in error("--range", "0", "4")
+    assert "--holdout 1 must be a share between 0 and 1" in error("--holdout", "1")
     (tmp_path / "empty").mkdir()
     assert "expected: a folder in one of these layouts" in error(data=tmp_path / "empty")
     wrong = save_depths(tmp_path / "wrong")
     Image.fromarray(np.zeros((5, 6), np.uint16)).save(wrong / "depth" / "frame0.png")
     assert "has 56 x 42 pixels and" in error(data=wrong)
+
+
+def test_a_process_that_tested_no_image_meets_the_others(data, trained, tmp_path, monkeypatch):
+    """Where one process draws all must come: it would wait for one that did not."""
+    met = []
+    monkeypatch.setattr(distributed, "on_primary", met.append)
+    errors = dict.fromkeys(DEPTH_METRICS, 1.0)
+    monkeypatch.setattr(depth, "evaluate_depths", lambda *_, **__: (errors, 1, []))
+    command = ["depth", "--model", "pixels", "--data", str(data), "--out", str(tmp_path)]
+    assert main([*command, "--head", str(trained[0] / "head.safetensors")]) == 0
+    assert len(met) == 2  # the sheet and the record
