@@ -1,6 +1,7 @@
 """A head for a data set: features from views or from the cache, the training, the file."""
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -137,7 +138,11 @@ def fit_head(
         request={
             **request,
             "weights_sha256": weights_sha256(model.params),
+            "network": repr(model.spec),
+            "compute_dtype": model.dtype.name,
             "images": len(dataset),
+            # Where its files are and what their numbers mean: a unit, or what is ignored.
+            "dataset_sha256": hashlib.sha256(repr(dataset).encode()).hexdigest(),
             "batch_size": batch_size,
             "seed": seed,
             "view": views.settings,

@@ -61,6 +61,15 @@ def test_four_layers_with_augmentation(data, tmp_path):
     assert record["protocol"]["layers"] == [0] * 4
 
 
+def test_what_was_trained_on_other_metres_is_not_gone_on_from(data, tmp_path, capsys):
+    flags = ["--cached", *TWO_STEPS]
+    run(data, tmp_path, *flags)
+    (tmp_path / "result.json").unlink()  # as where the test was interrupted
+    assert run(data, tmp_path, *flags, "--scale", "500") == 2
+    assert "holds the training of another request (dataset_sha256" in capsys.readouterr().err
+    assert run(data, tmp_path, *flags)["counts"]["train"] == 16
+
+
 def test_a_head_for_nyu_is_tested_on_sun(trained, tmp_path):
     """Zero-shot: images at 480 x 640, depth at its own size, above 8 m all the same."""
     root = tmp_path / "sun"
