@@ -179,6 +179,8 @@ def _open_list(path: pathlib.Path) -> RetrievalSet:
     if not isinstance(content, dict) or set(content) != {"database", "queries"}:
         raise DataError(f"{path} must have the keys database and queries alone; expected {LAYOUT}")
     database = content["database"]
+    if not _is_list(database, str) or not _is_list(content["queries"], dict):
+        raise DataError(f"{path}: database must be a list of paths, and queries of records")
     row_of = {name: row for row, name in enumerate(database)}
     if not database or len(row_of) != len(database):
         raise DataError(f"{path}: database must name at least one image, and none twice")
@@ -190,10 +192,11 @@ def _open_list(path: pathlib.Path) -> RetrievalSet:
                 f"{path}: a query has image, and of {sorted(_QUERY_KEYS - {'image'})} what it "
                 f"needs; found {sorted(query)}"
             )
+        _check_query(path, query)
         relevant.append(_relevant(path, query, row_of))
         queries.append(str(path.parent / query["image"]))
         boxes.append(query.get("box"))
-    if len({bool(x["easy"] or x["hard"]) for x in relevant if any(x.values())}) > 1:
+    if any(x["positive"] for x in relevant) and any(x["easy"] or x["hard"] for x in relevant):
         raise DataError(f"{path}: all queries have positive images, or all have easy and hard ones")
     return RetrievalSet(
         kind="list",
@@ -202,6 +205,24 @@ def _open_list(path: pathlib.Path) -> RetrievalSet:
         relevant=relevant,
         boxes=boxes,
     )
+
+
+def _check_query(path: pathlib.Path, query: Mapping[str, Any]) -> None:
+    """Raises DataError where a query's entries are not of the kinds expected."""
+    if not isinstance(query["image"], str):
+        raise DataError(f"{path}: image {query['image']!r} of a query must be a path")
+    for kind in ("positive", "easy", "hard", "junk"):
+        if not _is_list(query.get(kind, []), str):
+            raise DataError(f"{path}: {kind} of query {query['image']} must be a list of paths")
+    box = query.get("box")
+    if box is not None and (not _is_list(box, (int, float)) or len(box) != 4):
+        raise DataError(
+            f"{path}: box {box!r} of query {query['image']} must be [left, top, right, bottom]"
+        )
+
+
+def _is_list(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, list) and all(isinstance(x, kind) for x in value)
 
 
 def _relevant(

@@ -157,6 +157,9 @@ def test_list(tmp_path):
     assert found.boxes == [[0, 0, 2, 2], None]
     path = write_list(tmp_path / "list.json", ["a", "b"], [{"image": "q", "easy": ["a"]}])
     assert open_retrieval(path).levels == LEVELS
+    # A query of the database that finds nothing but itself is no query of the other kind.
+    queries = [{"image": "q", "easy": ["a"]}, {"image": "b"}]
+    assert open_retrieval(write_list(tmp_path / "list.json", ["a", "b"], queries)).levels == LEVELS
 
 
 @pytest.mark.parametrize(
@@ -168,6 +171,12 @@ def test_list(tmp_path):
         (["a"], {"image": "q", "positive": ["x"]}, r"positive images \['x'\] of query q must be"),
         (["a"], {"image": "q", "positive": ["a"], "junk": ["a"]}, "names an image twice"),
         (["a", "b"], {"image": "q", "positive": ["a"], "hard": ["b"]}, "not both"),
+        ([1], {"image": "q"}, "database must be a list of paths"),
+        (["a"], "q", "and queries of records"),
+        (["a"], {"image": 1}, "image 1 of a query must be a path"),
+        (["a"], {"image": "q", "positive": "a"}, "positive of query q must be a list of paths"),
+        (["a"], {"image": "q", "junk": [["a"]]}, "junk of query q must be a list of paths"),
+        (["a"], {"image": "q", "box": [1, 2, 3]}, r"box \[1, 2, 3\] of query q must be \[left"),
     ],
 )
 def test_lists_that_are_wrong(tmp_path, database, query, message):

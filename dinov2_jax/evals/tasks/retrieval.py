@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from dinov2_jax import distributed
+from dinov2_jax.evals.command import positive
 from dinov2_jax.evals.fitted import FEATURES, KINDS, Fit, fitted_features
 from dinov2_jax.evals.results import Result
 from dinov2_jax.evals.retrieval import (
@@ -47,12 +48,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "then a square; native: sides to whole patches, the larger at most --size. Default: pad "
         "for Oxford and Paris, native for the Met, crop for the others",
     )
-    parser.add_argument("--size", type=int, metavar="PX", help="default 224; native: no limit")
-    parser.add_argument("--resize", type=int, metavar="PX", help="of --fit crop (default 256)")
+    parser.add_argument("--size", type=positive, metavar="PX", help="default 224; native: no limit")
+    parser.add_argument("--resize", type=positive, metavar="PX", help="of --fit crop (default 256)")
     parser.add_argument("--feature", choices=FEATURES, default="cls")
     parser.add_argument("--query-boxes", action="store_true", help="cut queries to their boxes")
     parser.add_argument(
-        "--whiten", type=int, metavar="D", help="PCA-whitening to D numbers, learnt on the database"
+        "--whiten",
+        type=positive,
+        metavar="D",
+        help="PCA-whitening to D numbers, learnt on the database",
     )
     parser.add_argument("--mini", action="store_true", help="the Met's small database")
 
@@ -105,6 +109,8 @@ def _ranked(run: Run, data: RetrievalSet, features, protocol: dict[str, Any]) ->
     for level, (positive_kinds, junk_kinds) in data.levels.items():
         positives, junk = data.rows(positive_kinds), data.rows(junk_kinds)
         is_graded = bool(level)
+        if is_graded and not any(positives):
+            continue  # a list of one's own may have no hard image
         scores = score_level(orders, positives, junk, trapezoid=is_graded)
         suffix = f"_{level}" if level else ""
         metrics[f"map{suffix}"] = 100 * scores.mean_average_precision
@@ -118,6 +124,8 @@ def _ranked(run: Run, data: RetrievalSet, features, protocol: dict[str, Any]) ->
         )
         for i in range(len(data.queries))
     }
+    if not metrics:
+        raise ValueError(f"no query of {run.data} has a positive image; each may have some")
     hardest = list(data.levels.values())[-1]
     distributed.on_primary(
         lambda: _draw(run, data, orders, data.rows(hardest[0]), data.rows(hardest[1]), notes)

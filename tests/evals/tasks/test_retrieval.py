@@ -76,6 +76,11 @@ def test_a_list_with_levels_and_boxes(pairs, tmp_path):
     query.pop("box")
     path.write_text(json.dumps({"database": new, "queries": [query]}))
     assert run(path, tmp_path / "out2", "--size", 28, "--query-boxes")[0] == 2
+    # Where no image is hard, that level is left out.
+    query["easy"] += query.pop("hard")
+    path.write_text(json.dumps({"database": new, "queries": [query]}))
+    code, record = run(path, tmp_path / "out3", "--size", 28)
+    assert code == 0 and record["headline"] == ["map_easy", "map_medium"]
 
 
 def test_met(tmp_path, pairs):
