@@ -1,4 +1,4 @@
-"""Sheets of predictions: classes over photographs, depth maps beside them."""
+"""Sheets of predictions: classes over photographs and in numbers, depth maps beside photographs."""
 
 import colorsys
 from collections.abc import Sequence
@@ -7,7 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dinov2_jax.evals.charts import BARS_FILE, CONFUSION_FILE, draw_bars, draw_confusion
 from dinov2_jax.evals.dense.mask_sets import IGNORED
+from dinov2_jax.evals.dense.metrics import iou
 from dinov2_jax.visualize.sheets import (
     BACKGROUND,
     INK,
@@ -60,6 +62,34 @@ def overlay_sheet(examples: Sequence[Example], class_names: Sequence[str], *, ti
     cells.append(Cell(_legend([(class_names[i], colors[i]) for i in occurring], cells[0][0].width)))
     caption = "Pixels without a class stay grey in the truth; the prediction has a class for each."
     return Sheet(title, caption, cells, headers=_headers("photo", "truth", "prediction"))
+
+
+def mask_sheets(
+    examples: Sequence[Example], counts: np.ndarray, class_names: Sequence[str], *, title: str
+) -> dict[str, Sheet]:
+    """`overlay_sheet`, a bar for each class, and the confusion of pixels, by their files' names.
+
+    Args:
+      examples: at least one.
+      counts: of `metrics.confusion`.
+      class_names: of its rows.
+      title: of all.
+    """
+    bars = draw_bars(iou(counts), counts.sum(axis=1), class_names)
+    caption = (
+        "Intersection over union of each class that is there, and its number of pixels. The line "
+        "is the mean."
+    )
+    matrix_caption = (
+        "Row: the class of the pixel. Column: the class predicted, in the same order. A row sums "
+        "to one; green on the diagonal is right, red is wrong, white is never."
+    )
+    matrix = Cell(draw_confusion(counts, class_names))
+    return {
+        "predictions.png": overlay_sheet(examples, class_names, title=title),
+        BARS_FILE: Sheet(f"{title}: per class", caption, [Cell(bars)]),
+        CONFUSION_FILE: Sheet(f"{title}: confusion", matrix_caption, [matrix]),
+    }
 
 
 def depth_sheet(examples: Sequence[Example], *, title: str) -> Sheet:

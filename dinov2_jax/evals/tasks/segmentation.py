@@ -15,9 +15,9 @@ import numpy as np
 
 from dinov2_jax import distributed
 from dinov2_jax.data.ahead import map_ahead
-from dinov2_jax.evals.command import positive, positive_number
+from dinov2_jax.evals.command import count, positive, positive_number
 from dinov2_jax.evals.dense.bank import build_bank, patch_maps, voting_maps
-from dinov2_jax.evals.dense.charts import overlay_sheet
+from dinov2_jax.evals.dense.charts import mask_sheets
 from dinov2_jax.evals.dense.evaluate import evaluate_masks
 from dinov2_jax.evals.dense.fit import fit_head
 from dinov2_jax.evals.dense.flags import add_head_flags, num_threads, warmup_steps
@@ -53,7 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--classes", type=pathlib.Path, metavar="FILE", help="default: classes.txt of --data")
     add(
         "--ignore",
-        type=int,
+        type=count,
         nargs="+",
         metavar="N",
         help="numbers in the masks that are no class; default 255, and 0 in ADE20K",
@@ -124,13 +124,13 @@ def run(run: Run) -> Result:
         num_threads=threads,
         is_shown=run.is_primary,
     )
+    metrics = segmentation_metrics(counts)
     # Not where there are examples: of several processes one may have tested no image.
     if flags.charts:
         run.out.mkdir(parents=True, exist_ok=True)
         title = f"Segmentation ({name}) of {pathlib.Path(run.data).name} by {run.model.name}"
-        sheet = functools.partial(overlay_sheet, examples, test.class_names, title=title)
-        distributed.on_primary(lambda: save(sheet(), run.out / "predictions.png"))
-    metrics = segmentation_metrics(counts)
+        sheets = functools.partial(mask_sheets, examples, counts, test.class_names, title=title)
+        distributed.on_primary(lambda: [save(x, run.out / file) for file, x in sheets().items()])
     return Result(
         metrics={f"{key}_{name}": value for key, value in metrics.items()},
         headline=[f"miou_{name}"],

@@ -7,6 +7,7 @@ from dinov2_jax.evals.dense.charts import (
     class_colors,
     depth_colors,
     depth_sheet,
+    mask_sheets,
     overlay_sheet,
 )
 from dinov2_jax.visualize.sheets import save
@@ -63,3 +64,17 @@ def test_depth_sheets_leave_out_what_was_not_measured(tmp_path):
     assert (tile[y, 2 * width + 12] != 128).any()
     nothing = depth_sheet([example(np.zeros((4, 5)), np.ones((4, 5)))], title="T")
     save(nothing, tmp_path / "x.png")
+
+
+def test_bars_are_of_the_classes_that_are_there(tmp_path):
+    counts = np.array([[30, 10, 0], [0, 40, 0], [0, 0, 0]])
+    examples = [example(*np.zeros((2, 20, 30), np.int16))]
+    sheets = mask_sheets(examples, counts, ["a", "b", "c"], title="T")
+    assert list(sheets) == ["predictions.png", "per_class.png", "confusion.png"]
+    bars = np.asarray(sheets["per_class.png"].cells[0].image).astype(int)
+    lines = np.split(bars, 2)  # b, then a; nothing of c
+    lengths = [(line[len(line) // 2] == (38, 110, 70)).all(axis=-1).sum() for line in lines]
+    np.testing.assert_allclose(lengths, [420 * 40 / 50, 420 * 30 / 40], atol=3)
+    for file, sheet in sheets.items():
+        save(sheet, tmp_path / file)
+        assert (tmp_path / file).stat().st_size > 500

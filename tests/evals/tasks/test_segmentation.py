@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dinov2_jax import distributed
 from dinov2_jax.evals.__main__ import main
@@ -40,7 +41,8 @@ def test_a_head_learns_colors(trained):
     assert record["counts"] == {"train": 6, "test": 3, "classes": 3}
     assert record["protocol"]["stride_px"] == round(42 * 341 / 512)
     assert list(record["details"]["iou"]) == ["0", "1", "2"]
-    assert (out / "predictions.png").stat().st_size > 1000
+    for file in ("predictions.png", "confusion.png", "per_class.png"):
+        assert (out / file).stat().st_size > 1000
     # A row of each mask is ignored.
     assert sum(map(sum, record["details"]["confusion"])) == 3 * 41 * 56
 
@@ -84,11 +86,19 @@ def test_errors(data, trained, tmp_path, capsys):
     assert "'0' must be above 0" in error("--ratios", "1", "0")
     assert "'0' must be above 0" in error("--learning-rate", "0")
     assert "'-1' must be a whole number, at least 0" in error("--charts", "-1")
+    assert "'-1' must be a whole number, at least 0" in error("--ignore", "-1")
     assert "holds no split nothing" in error("--split", "nothing", "--head", head)
     assert "must not exceed the short side of 42" in error("--cached", "--crop", "56")
     assert "No such file" in error("--head", str(tmp_path / "none"))
     (tmp_path / "three").write_text("a\nb\n")
     assert "holds [2], and the 2 classes" in error("--classes", str(tmp_path / "three"))
+
+
+def test_a_test_without_a_labelled_pixel_is_an_error(trained, tmp_path, capsys):
+    blank = save_masks(tmp_path / "blank", num_val=1)
+    Image.fromarray(np.full((42, 56), 255, np.uint8)).save(blank / "valannot" / "val0.png")
+    assert run(blank, tmp_path / "out", "--head", str(trained[0] / "head.safetensors")) == 2
+    assert "no pixel of the tested images has a class; look at --ignore" in capsys.readouterr().err
 
 
 def test_a_process_that_tested_no_image_meets_the_others(data, trained, tmp_path, monkeypatch):
