@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dinov2_jax.cost.estimate import estimate
+from dinov2_jax.cost.hlo import Program
 from dinov2_jax.cost.topology import open_topology
 from dinov2_jax.models.attention import attend, split_heads
 from dinov2_jax.models.attention_pallas import grid_steps, self_attention
@@ -111,30 +113,35 @@ def drop_path(flags, topology) -> None:
 
 
 def remat(flags, topology) -> None:
-    for implementation in ("xla", "pallas"):
-        for policy in ("none", "dots", "branches", "blocks"):
-            backbone = VisionTransformer(
-                **VARIANTS["vit_small"],
-                patch_size=14,
-                dtype=jnp.bfloat16,
-                remat=policy,
-                attention=implementation,
-            )
-            images = jax.ShapeDtypeStruct((64, 224, 224, 3), jnp.bfloat16)
-            key = jax.eval_shape(lambda: jax.random.key(0))
-            params = jax.eval_shape(backbone.init, key, images)
+    """The gradient of a ViT-L's blocks for the global crops of 12 images, drop path on."""
+    for policy in flags.policies:
+        backbone = VisionTransformer(
+            **VARIANTS["vit_large"],
+            patch_size=14,
+            dtype=jnp.bfloat16,
+            remat=policy,
+            attention=flags.attention,
+            drop_path_rate=0.3,
+            drop_path_form="matmul",
+        )
+        images = jax.ShapeDtypeStruct((24, 224, 224, 3), jnp.float32)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        params = jax.eval_shape(backbone.init, key, images)
 
-            def loss(params, images, backbone=backbone):
-                return backbone.apply(params, images).patches.astype(jnp.float32).sum()
+        def loss(params, images, key, backbone=backbone):
+            out = backbone.apply(params, images, train=True, rngs={"drop_path": key})
+            return (out.patches.astype(jnp.float32) ** 2).sum()
 
-            mesh = make_mesh(devices=topology.devices[:1])
-            replicated = NamedSharding(mesh, PartitionSpec())
-            with jax.set_mesh(mesh):
-                lowered = jax.jit(jax.grad(loss), in_shardings=replicated).lower(params, images)
-                compiled = lowered.compile()
-            temporary = compiled.memory_analysis().temp_size_in_bytes >> 20
-            runs = compiled.as_text().count('custom_call_target="tpu_custom_call"')
-            print(f"{implementation} {policy}: {temporary} MiB, {runs} kernels", flush=True)
+        mesh = make_mesh(devices=topology.devices[:1])
+        replicated = NamedSharding(mesh, PartitionSpec())
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(jax.grad(loss), in_shardings=replicated).lower(params, images, key)
+            compiled = lowered.compile()
+        temporary = compiled.memory_analysis().temp_size_in_bytes >> 20
+        found = estimate(Program(compiled.as_text()), topology.chip)
+        print(f"{policy}: {found.seconds * 1e3:.0f} ms, temporary {temporary} MiB", flush=True)
+        for part, kinds in found.table().items():
+            print("   ", part, *(f"{kind} {1e3 * secs:.1f}" for kind, secs in kinds.items()))
 
 
 def main() -> None:
@@ -144,6 +151,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=257)
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--policies", nargs="+", default=["dots", "branches", "blocks"])
+    parser.add_argument("--attention", default="pallas", help="of remat: pallas or xla")
     parser.add_argument("--no_kernels", action="store_true", help="without their schedules")
     flags = parser.parse_args()
     topology = open_topology(flags.topology)
