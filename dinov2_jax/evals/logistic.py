@@ -60,8 +60,8 @@ def fit_grid(
     """Fits every C, several at once: nine, if 2 GiB hold them.
 
     The features are centred and turned into their principal axes, which changes no optimum (the
-    biases are free, the penalty is round), and the axes are scaled to a curvature of about one, which
-    saves L-BFGS most of its iterations.
+    biases are free, the penalty is round), and the axes are scaled to a curvature of about one,
+    which saves L-BFGS most of its iterations.
 
     Args:
       features: `[n, d]`, as they are.
