@@ -24,7 +24,6 @@ _BYTES_AT_ONCE = 2 * 2**30
 # Small values of C need a tenth of the iterations of large ones: they must not wait for them.
 _MAX_AT_ONCE = 9
 _MEMORY = 10
-_CURVATURE = 0.25  # of a sigmoid, at most
 
 
 class Classifier(NamedTuple):
@@ -61,8 +60,8 @@ def fit_grid(
     """Fits every C, several at once: nine, if 2 GiB hold them.
 
     The features are centred and turned into their principal axes, which changes no optimum (the
-    biases are free, the penalty is round), and the axes are scaled to a curvature of one: a few
-    dozen iterations do what takes L-BFGS thousands otherwise.
+    biases are free, the penalty is round), and the axes are scaled to a curvature of about one,
+    which saves L-BFGS most of its iterations.
 
     Args:
       features: `[n, d]`, as they are.
@@ -120,8 +119,11 @@ def _solve(features, hot, counts, grid, variances, *, is_softmax, max_iterations
     """Kernels `[k, d, c]`, biases `[k, c]`, iterations and gradients `[k]` of the grid `[k]`."""
     (n, d), c = features.shape, hot.shape[1]
     penalty = 1 / (grid * n)
-    scale = 1 / jnp.sqrt(_CURVATURE * variances + penalty[:, None])  # [k, d]
-    bias_scale = 1 / _CURVATURE**0.5
+    # Of the loss along an axis of variance one, about: the surer the classes, the flatter it is.
+    # It decides the speed alone; this law was the fastest for features of trained and random ViTs.
+    curvature = 0.02 / jnp.sqrt(1 + 100 * grid)
+    scale = 1 / jnp.sqrt(curvature[:, None] * variances + penalty[:, None])  # [k, d]
+    bias_scale = 1 / jnp.sqrt(curvature)[:, None]
 
     def unpack(x):
         x = x.reshape(-1, d + 1, c)

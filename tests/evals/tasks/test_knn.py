@@ -48,6 +48,7 @@ def test_numbers_are_those_of_the_functions(arguments, model, colors, tmp_path):
         for i, mean in zip(k, means, strict=True):
             assert metrics[f"top1_k{i}_{shots}_shot"] == pytest.approx(mean)
         assert metrics[f"top1_{shots}_shot"] == pytest.approx(means.max())
+    assert "top1_k3_2_shot" not in metrics  # no more voters than shots, as in the reference
     assert record["headline"] == ["top1", "top1_2_shot", "top1_3_shot"]
     assert record["counts"] == {"train": 24, "test": 12, "classes": 3}
     per_class = record["details"]["per_class"]
