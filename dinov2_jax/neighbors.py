@@ -108,11 +108,12 @@ def nearest_neighbors(
     similarities, indices = _nothing(len(queries), k, num_rows=len(bank))
     steps = 0
     for first_row in range(0, len(bank), plan.piece_rows):
-        piece = _put_piece(bank, first_row, plan, mesh)
+        with jax.set_mesh(mesh):  # a caller's may be another
+            piece = _put_piece(bank, first_row, plan, mesh)
         for rows in chunks:
             arrays = (_take(queries, rows), similarities[rows], indices[rows])
             arrays = (_padded(x, size) for x in arrays)
-            with jax.set_mesh(mesh):  # a caller's may be another
+            with jax.set_mesh(mesh):
                 found = _search(mesh, *arrays, piece, np.int32(first_row), np.int32(len(bank)))
             count = rows.stop - rows.start
             similarities[rows], indices[rows] = (np.asarray(x)[:count] for x in found)

@@ -172,3 +172,14 @@ def test_errors_name_value_and_cure(features):
                 )
         with pytest.raises(ValueError, match=r"queries: 2 of 53 rows are not finite.*row 9"):
             nearest_neighbors(broken, bank, k=1)
+
+
+def test_a_callers_mesh_may_be_another():
+    """In-run kNN searches on this host's devices inside the mesh of training."""
+    rng = np.random.default_rng(0)
+    queries, bank = rng.standard_normal((3, 4)), rng.standard_normal((9, 4))
+    expected = nearest_neighbors(queries, bank, k=2)
+    with jax.set_mesh(make_mesh(devices=jax.devices())):
+        found = nearest_neighbors(queries, bank, k=2, mesh=make_mesh(devices=jax.devices()[:1]))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
