@@ -87,7 +87,7 @@ def test_a_step_that_fits(tmp_path, capsys):
 @pytest.mark.usefixtures("libtpu")
 def test_a_step_that_does_not_fit(tmp_path, capsys):
     file = tmp_path / "figures.json"
-    argv = flags("v5e:2x2", global_batch_size=65536, remat="none")
+    argv = flags("v5e:2x2", global_batch_size=262144, remat="none")
     argv += ["--fits_only", f"--json={file}"]
     assert compile.main(argv) == 1
     figures = json.loads(file.read_text())
