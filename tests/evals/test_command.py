@@ -95,7 +95,7 @@ def test_layouts_that_are_wrong(arguments, tmp_path, capsys):
     assert "two or more classes, found 1; expected: a folder with train/" in error
     write_images(tmp_path / "new" / "train", count=2, seed=0, classes=("red", "green"))
     assert main([*arguments, f"--data={tmp_path}/new"]) == 2
-    assert "holds no split val or test or validation; expected:" in capsys.readouterr().err
+    assert "holds no split val or validation or test; expected:" in capsys.readouterr().err
     write_images(tmp_path / "new" / "val", count=2, seed=0, classes=("red", "blue"))
     assert main([*arguments, f"--data={tmp_path}/new"]) == 2
     assert "classes ['blue'] of the tested split are not among the 2" in capsys.readouterr().err
