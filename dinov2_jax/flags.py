@@ -26,11 +26,15 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "--dry_run", action="store_true", help="print the start-up table and exit; writes nothing"
     )
     parser.add_argument(
+        "--suggest",
+        action="store_true",
+        help="print values that fit the data, batch and steps, with reasons, and exit",
+    )
+    parser.add_argument(
         "--allow_config_change",
         action="store_true",
         help="resume although keys that change results differ",
     )
-
     parser.add_argument(
         "--distributed",
         default="auto",
@@ -38,7 +42,6 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         help="whether this is one process of several: auto (default) looks for Cloud TPU, SLURM, "
         "OpenMPI, Kubernetes and JAX_COORDINATOR_ADDRESS; on must find one; off never looks",
     )
-
     return parse_with_overrides(parser, argv)
 
 

@@ -1,4 +1,4 @@
-"""What a run says about itself in words: the start-up table, and the last lines."""
+"""What a run says about itself in words: the start-up table, proposals, the last lines."""
 
 import collections
 import math
@@ -8,6 +8,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh, PartitionSpec
 
+from dinov2_jax.advice.proposals import Suggestion
 from dinov2_jax.sharding import batch_shards, bytes_per_device, path_names
 from dinov2_jax.train_state import TrainState
 
@@ -171,6 +172,18 @@ def estimate_logit_bytes(
     ibot_rows = 2 * masked_tokens * (1 + 1 / num_micro_batches)
     dino, ibot = num_prototypes
     return int(4 * images * (dino_rows * dino + ibot_rows * ibot))
+
+
+def suggestion_table(suggestions: Sequence[Suggestion]) -> str:
+    """Every suggestion with its reason, and below it the flags that apply the changes."""
+    rows = [("key", "now", "suggested", "why")]
+    for item in suggestions:
+        value = f"{item.value}" if item.is_change else "as it is"
+        rows.append((item.key, f"{item.current}", value, item.reason))
+    a, b, c, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = [f"  {key:<{a}}  {now:<{b}}  {new:<{c}}  {why}" for key, now, new, why in rows]
+    flags = [f"--config.{item.key}={item.value}" for item in suggestions if item.is_change]
+    return "\n".join([*lines, " ".join(flags) or "nothing to change"])
 
 
 # What a finished run leaves, as its last words put it.

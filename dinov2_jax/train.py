@@ -18,7 +18,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from dinov2_jax import compiler, distributed, inputs, report, startup, workload
+from dinov2_jax import compiler, distributed, inputs, preview, report, startup, workload
 from dinov2_jax import config as config_lib
 from dinov2_jax import metrics as metrics_lib
 from dinov2_jax.checkpoints import Checkpoints, KeepPolicy
@@ -62,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         compiler.use_compilation_cache()
         distributed.initialize(flags.distributed)
         with StopSignals() as signals:
-            if flags.dry_run:
-                return dry_run(config, flags.config, workdir)
+            if flags.dry_run or flags.suggest:
+                preview.show(config, flags, workdir)
+                return 0
             with contextlib.ExitStack() as stack:
                 distributed.on_primary(lambda: stack.enter_context(open_workdir(workdir)))
                 return train(config, flags, workdir, signals)
@@ -85,19 +86,6 @@ def _fail(error: Exception | str, code: int) -> int:
     process = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
     print(f"error: {process}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return code
-
-
-def dry_run(config, config_path: str, workdir: epath.Path) -> int:
-    """Prints what a run would be; writes nothing."""
-    source = inputs.open_data(config)
-    print(source.describe(), flush=True)
-    trainer = startup.build_trainer(config, startup.build_mesh(config))
-    print(
-        startup.describe(
-            config, trainer, config_path=config_path, workdir=workdir, num_images=len(source)
-        )
-    )
-    return 0
 
 
 def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopSignals) -> int:
@@ -137,6 +125,8 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
         )
         if evaluation is not None:
             say(evaluation.describe())
+        for line in preview.warnings(config, trainer, num_images=len(source)):
+            say(line)
         try:
             restored = checkpoints.restore_latest(trainer.abstract_state, warn=say)
         except ValueError as error:

@@ -20,6 +20,7 @@ LEVELS = (
         "optim",
         "models",
         "convert",
+        "advice",
         "augment",
         "neighbors",
         "neighbors_plan",
@@ -49,7 +50,7 @@ LEVELS = (
     ("evals", "visualize", "report"),
     ("loop", "startup_heads", "startup"),
     ("inputs",),
-    ("workload",),
+    ("workload", "preview"),
     ("train", "compile"),
 )
 # What may be imported from a later level, and why.
@@ -66,6 +67,7 @@ DOOR = {
     "inputs.py",
     "train.py",
     "workload.py",
+    "preview.py",
     "compile.py",
 }
 

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from dinov2_jax import report
+from dinov2_jax.advice.proposals import Suggestion
 from dinov2_jax.checkpoints import abstract_like
 from dinov2_jax.sharding import make_mesh, tree_sharding
 from dinov2_jax.train_state import TrainState
@@ -45,6 +46,19 @@ def test_the_table_counts_parameters_bytes_and_images():
         "whole on each device: 2 arrays, 0.0101 MB, the largest dino_head/w [250, 10]",
     ]
     assert "about 3 GB" in table and "1,000, 1.5 passes" in table
+
+
+def test_suggestions_are_a_table_and_the_flags_of_the_changes():
+    fits = Suggestion("group_size", 64, 64, "it fits")
+    changes = [Suggestion("a.k", 256, 4096, "too many"), Suggestion("b", 0.98, 0.994, "too slow")]
+    assert report.suggestion_table([changes[0], fits, changes[1]]).splitlines() == [
+        "  key         now    suggested  why",
+        "  a.k         4096   256        too many",
+        "  group_size  64     as it is   it fits",
+        "  b           0.994  0.98       too slow",
+        "--config.a.k=256 --config.b=0.98",
+    ]
+    assert report.suggestion_table([fits]).splitlines()[-1] == "nothing to change"
 
 
 def test_activations_grow_with_what_they_depend_on():

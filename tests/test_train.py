@@ -53,6 +53,9 @@ def test_a_run_leaves_a_workdir_that_explains_itself_and_no_key_is_unread(
 
     assert out[0].startswith("19 images in 19 classes from the installed wheels photos:left")
     assert any("learning rate" in line and "0.001" in line for line in out)
+    # Twelve steps are too few for the quickstart's momentum: said once, before the long wait.
+    (warned,) = [n for n, line in enumerate(out) if "warning: teacher.momentum_start" in line]
+    assert warned < next(n for n, line in enumerate(out) if "compiled the step" in line)
     assert "--config.data.path=/your/images" in out[-1] and str(tmp_path) in out[-1]
     assert "random initialisation" in out[-2]
     for name in ("crops.png", "pca.png"):

@@ -1,0 +1,122 @@
+"""Configurations that can start, and cannot learn or almost surely do not: a line for each.
+
+What cannot even start is an error of `config_rules.py`. Each line names key and value, the rule
+and the cure.
+"""
+
+import math
+from collections.abc import Iterator
+
+from dinov2_jax.advice import scale
+from dinov2_jax.advice.proposals import (
+    fitting_group_size,
+    fitting_peak,
+    fitting_prototypes,
+    fitting_warmup_steps,
+)
+from dinov2_jax.advice.settings import RunSettings
+
+# Judgement, all of it; no shipped recipe comes near.
+PROTOTYPES_TOO_MANY = 4  # times what fits, if it is also above the paper's 21 for each row
+PAPERS_SPREAD = 131_072 / 6_144
+LAYER_SCALE_TOO_SMALL = 1_000  # times below what fits
+MOST_OF_THE_RUN = 0.5  # in warm-up, or with frozen prototypes
+MOST_OF_THE_TEACHER = 0.5  # is its initialisation at the end
+COPIES_IN_A_STEP = 2  # of each image
+FEWEST_LOCAL_PATCHES = 4  # of a crop
+
+
+def warnings_of(run: RunSettings) -> list[str]:
+    """One line for each thing that is wrong; none for a configuration that may work."""
+    return [*_of_rows(run), *_of_lengths(run), *_of_rates(run), *_of_data(run)]
+
+
+def _of_rows(run: RunSettings) -> Iterator[str]:
+    if run.centering == "sinkhorn_knopp":
+        for (key, kind), rows in run.rows.items():
+            current = run.prototypes[key]
+            fitting = scale.PROTOTYPES[kind].at(rows)
+            if current > max(PROTOTYPES_TOO_MANY * fitting, PAPERS_SPREAD * rows):
+                yield (
+                    f"{key}={current} is far above the {rows:,.0f} {kind} that Sinkhorn sees in a "
+                    f"step: it spreads each target over {current / rows:,.0f} prototypes or more; "
+                    f"lower it to about {fitting_prototypes(run, key)}, or raise global_batch_size"
+                )
+    elif run.total_steps * (1 - run.center_momentum) < 1:
+        yield (
+            f"centering.center_momentum={run.center_momentum:g} moves the center too slowly for "
+            f"total_steps={run.total_steps}: it must be at most 1 - 1 / total_steps; 0.9 is usual"
+        )
+    if run.koleo_weight and run.group_size == 1:
+        fitting = fitting_group_size(run)
+        cure = f"raise group_size to {fitting}, or set" if fitting > 1 else "set"
+        yield (
+            f"koleo.loss_weight={run.koleo_weight:g} does nothing with group_size=1: an image's "
+            f"neighbours are those of its group; {cure} koleo.loss_weight=0"
+        )
+
+
+def _of_lengths(run: RunSettings) -> Iterator[str]:
+    for key, steps, rule, cure in (
+        (
+            "optim.warmup_steps",
+            run.warmup_steps,
+            "the learning rate hardly reaches its peak before it falls",
+            f"shorten it to about {fitting_warmup_steps(run.total_steps)}",
+        ),
+        (
+            "optim.freeze_last_layer_steps",
+            run.freeze_last_layer_steps,
+            "prototypes that do not move cannot follow the features",
+            "shorten it; the recipes have 0.2 to 2 %",
+        ),
+    ):
+        share = steps / run.total_steps
+        if share > MOST_OF_THE_RUN:
+            yield f"{key}={steps} is {share:.0%} of total_steps={run.total_steps}: {rule}; {cure}"
+    left = scale.initialisation_left(
+        run.momentum_start, run.momentum_end, total_steps=run.total_steps
+    )
+    if left > MOST_OF_THE_TEACHER:
+        yield (
+            f"teacher.momentum_start={run.momentum_start:g} is too high for total_steps="
+            f"{run.total_steps}: the last teacher would be {left:.0%} its initialisation; lower it "
+            f"to about {scale.fitting_momentum(run.total_steps):g}, or train longer"
+        )
+    fitting = scale.LAYER_SCALE.at(run.total_steps)
+    if run.layer_scale_init * LAYER_SCALE_TOO_SMALL < fitting:
+        yield (
+            f"model.layer_scale_init={run.layer_scale_init:g} is too small for total_steps="
+            f"{run.total_steps}: the blocks begin at that share of their output and hardly grow; "
+            f"raise it to about {fitting:.1g}"
+        )
+
+
+def _of_rates(run: RunSettings) -> Iterator[str]:
+    low, high = scale.LEARNING_RATES
+    peak = run.base_learning_rate * run.learning_rate_factor
+    if not low <= peak <= high:
+        fitting = fitting_peak(run) / run.learning_rate_factor
+        yield (
+            f"optim.base_learning_rate={run.base_learning_rate:g} gives a peak of {peak:.2g} at "
+            f"global_batch_size={run.global_batch_size}, which should lie in {low:g}..{high:g}; "
+            f"set it to about {fitting:.2g}"
+        )
+
+
+def _of_data(run: RunSettings) -> Iterator[str]:
+    copies = run.global_batch_size / run.num_images
+    if copies > COPIES_IN_A_STEP:
+        yield (
+            f"global_batch_size={run.global_batch_size} takes each of the {run.num_images:,} "
+            f"images {copies:.1f} times a step: copies teach little, and KoLeo pushes them apart; "
+            f"lower it to {run.num_images} or less, or add images"
+        )
+    patches = (run.local_crop_size_px // run.patch_size) ** 2
+    if run.num_local_crops and patches < FEWEST_LOCAL_PATCHES:
+        smallest = run.patch_size * math.isqrt(FEWEST_LOCAL_PATCHES)
+        yield (
+            f"crops.local_crop_size_px={run.local_crop_size_px} is {patches} patch of "
+            f"model.patch_size={run.patch_size}: too little to tell an image by; use {smallest} "
+            "or more, or crops.num_local_crops=0"
+        )

@@ -1,0 +1,193 @@
+"""Values that fit the size of a run, for the keys that decide whether it learns.
+
+`RunSettings` come in, `Suggestion`s go out: key, value and the reason with its numbers. What is
+proposed depends on no value that is proposed, so that nothing is left to propose once applied.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from dinov2_jax.advice import scale
+from dinov2_jax.advice.settings import RunSettings
+
+# Judgement: a setting within this factor of what fits is left as it is.
+NEAR_PROTOTYPES = 2
+NEAR_MOMENTUM = 2  # of 1 - momentum
+NEAR_LEARNING_RATE = 2
+NEAR_WARMUP = 2
+NEAR_TEACHER_TEMP = 1.3
+NEAR_LAYER_SCALE = 10
+NEAR_GROUP_SIZE = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Suggestion:
+    """A value for a key.
+
+    Attributes:
+      key: dotted, of configs/base.py.
+      value: proposed; equal to `current` where that fits.
+      current: as configured.
+      reason: one short line, with the numbers.
+    """
+
+    key: str
+    value: float | int
+    current: float | int
+    reason: str
+
+    @property
+    def is_change(self) -> bool:
+        return self.value != self.current
+
+
+def suggest(run: RunSettings) -> tuple[Suggestion, ...]:
+    """A suggestion for every key that matters in this run, changes and confirmations alike."""
+    return (
+        *_prototypes(run),
+        _momentum(run),
+        _learning_rate(run),
+        _warmup(run),
+        _teacher_temp(run),
+        _layer_scale(run),
+        _group_size(run),
+    )
+
+
+def _is_near(current: float, value: float, factor: float) -> bool:
+    return current > 0 and max(current / value, value / current) <= factor
+
+
+def _round_digits(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def fitting_prototypes(run: RunSettings, key: str) -> int:
+    """K for all rows that meet it, a power of two; see `RunSettings.rows`."""
+    fits = []
+    for (met, kind), rows in run.rows.items():
+        if met == key:
+            line = scale.PROTOTYPES[kind]
+            # Not more than images: each would get a prototype of its own.
+            fits.append(min(line.at(rows), max(run.num_images, line.small[1])))
+    return 2 ** round(math.log2(min(fits)))
+
+
+def _prototypes(run: RunSettings) -> Iterator[Suggestion]:
+    for key, current in run.prototypes.items():
+        fitting = fitting_prototypes(run, key)
+        rows = {kind: rows for (met, kind), rows in run.rows.items() if met == key}
+        counts = " and ".join(f"{count:,.0f} {kind}" for kind, count in rows.items())
+        reason = f"a step has {counts} of {run.num_images:,} images for {current:,} prototypes"
+        fewest = min(rows.values())
+        if run.centering == "sinkhorn_knopp" and current > fewest:
+            reason += f"; Sinkhorn spreads a target over {current / fewest:,.0f} or more"
+        value = current if _is_near(current, fitting, NEAR_PROTOTYPES) else fitting
+        yield Suggestion(key, value, current, reason)
+
+
+def _momentum(run: RunSettings) -> Suggestion:
+    current, fitting = run.momentum_start, scale.fitting_momentum(run.total_steps)
+    left = scale.initialisation_left(current, run.momentum_end, total_steps=run.total_steps)
+    return Suggestion(
+        "teacher.momentum_start",
+        current if _is_near(1 - current, 1 - fitting, NEAR_MOMENTUM) else fitting,
+        current,
+        f"an average over {1 / (1 - fitting):,.0f} steps fits {run.total_steps:,}; with "
+        f"{current:g} the last teacher is {left:.0%} initialisation",
+    )
+
+
+def _learning_rate(run: RunSettings) -> Suggestion:
+    key, current, factor = (
+        "optim.base_learning_rate",
+        run.base_learning_rate,
+        run.learning_rate_factor,
+    )
+    if run.layerwise_lr_decay < 1:
+        # Most layers then learn at a fraction of the peak, and nothing was measured.
+        reason = f"no proposal beside optim.layerwise_lr_decay={run.layerwise_lr_decay:g}"
+        return Suggestion(key, current, current, reason)
+    peak = fitting_peak(run)
+    fitting = _round_digits(peak / factor, 2)
+    return Suggestion(
+        key,
+        current if _is_near(current, fitting, NEAR_LEARNING_RATE) else fitting,
+        current,
+        f"batch {run.global_batch_size:,}, width {run.embed_dim:,} and {run.total_steps:,} steps "
+        f"fit a peak of {peak:.2g}; {current:g} gives {current * factor:.2g}",
+    )
+
+
+def fitting_peak(run: RunSettings) -> float:
+    """The peak learning rate; see `scale.fitting_learning_rate`."""
+    return scale.fitting_learning_rate(
+        global_batch_size=run.global_batch_size,
+        embed_dim=run.embed_dim,
+        total_steps=run.total_steps,
+    )
+
+
+def fitting_warmup_steps(total_steps: int) -> int:
+    """Steps of the learning rate's warm-up, at least 1."""
+    return max(1, round(scale.WARMUP_SHARE.at(total_steps) * total_steps))
+
+
+def _warmup(run: RunSettings) -> Suggestion:
+    current, fitting = run.warmup_steps, fitting_warmup_steps(run.total_steps)
+    return Suggestion(
+        "optim.warmup_steps",
+        current if _is_near(current, fitting, NEAR_WARMUP) else fitting,
+        current,
+        f"{fitting / run.total_steps:.0%} of {run.total_steps:,} steps fit; {current:,} are "
+        f"{current / run.total_steps:.0%}",
+    )
+
+
+def _teacher_temp(run: RunSettings) -> Suggestion:
+    current, line = run.teacher_temp, scale.TEACHER_TEMP
+    fitting = round(line.at(run.total_steps), 2)
+    (short, low), (long, high) = line.small, line.large
+    return Suggestion(
+        "centering.teacher_temp",
+        current if _is_near(current, fitting, NEAR_TEACHER_TEMP) else fitting,
+        current,
+        f"{low:g} fits up to {short:,} steps, {high:g} from {long:,} on; these are "
+        f"{run.total_steps:,}",
+    )
+
+
+def _layer_scale(run: RunSettings) -> Suggestion:
+    current, fitting = run.layer_scale_init, _round_digits(scale.LAYER_SCALE.at(run.total_steps), 1)
+    return Suggestion(
+        "model.layer_scale_init",
+        current if _is_near(current, fitting, NEAR_LAYER_SCALE) else fitting,
+        current,
+        f"blocks begin at this share of their output, and {run.total_steps:,} steps must grow it",
+    )
+
+
+def fitting_group_size(run: RunSettings) -> int:
+    """The size nearest to what fits that divides the batch, and of whose crops one is masked."""
+    piece = run.global_batch_size // run.num_batch_pieces
+    sizes = [
+        size
+        for size in range(1, piece + 1)
+        if piece % size == 0 and (not run.ibot_weight or int(2 * size * run.mask_probability) >= 1)
+    ]
+    aim = scale.GROUP_SIZE.at(run.global_batch_size)
+    return min(sizes, key=lambda size: abs(math.log(size / aim)), default=run.group_size)
+
+
+def _group_size(run: RunSettings) -> Suggestion:
+    current, fitting = run.group_size, fitting_group_size(run)
+    piece = run.global_batch_size // run.num_batch_pieces
+    return Suggestion(
+        "group_size",
+        # In a group of one KoLeo has no neighbours.
+        current if current > 1 and _is_near(current, fitting, NEAR_GROUP_SIZE) else fitting,
+        current,
+        f"masks, KoLeo and drop path see their group alone; of the {piece:,} images of a batch "
+        f"shard {fitting:,} fit",
+    )

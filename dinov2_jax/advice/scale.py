@@ -1,0 +1,89 @@
+"""What fits a run of a given size: the numbers behind every proposal and warning.
+
+Each is a straight line in logarithms between a small run, measured (docs/learning.md and
+configs/quickstart.py), and the paper's (appendix B, Tables 16-17; 3072 images a step, 625,000
+steps, ViT-L). Beyond either, the nearer one's value holds.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A power law between two runs, constant beyond them.
+
+    Attributes:
+      small, large: (size, value) of the small and of the large run, all above 0.
+    """
+
+    small: tuple[float, float]
+    large: tuple[float, float]
+
+    def at(self, size: float) -> float:
+        """The value for a size above 0."""
+        sizes, values = np.log([self.small, self.large]).T
+        return float(np.exp(np.interp(math.log(size), sizes, values)))
+
+
+# K by the rows that meet it in a step. Small: quickstart, batch 32. Large: the paper. In between,
+# 2048 images have 73,000: the reference's short recipe has 65,536.
+PROTOTYPES = {
+    "CLS tokens": Line(small=(64, 256), large=(6_144, 131_072)),
+    "masked patches": Line(small=(614, 256), large=(235_930, 131_072)),
+}
+# 1 - momentum by steps. Small: measured. Large: the paper. In between, 125,000 steps have 0.0091:
+# the reference's short recipe has 0.008.
+MOMENTUM_GAP = Line(small=(6_000, 0.02), large=(625_000, 0.006))
+# Least (1 - momentum) * steps: half of it is the exponent by which a cosine to 1 forgets, and e^-3
+# leaves 5 % of the initialisation. It decides below 300 steps.
+FORGETTING = 6.0
+# Base by steps, for batch 1024 and width 1024. Small: measured, 1e-3 at batch 64 and width 160.
+# Large: the paper.
+LEARNING_RATE = Line(small=(6_000, 1.6e-3), large=(625_000, 2e-4))
+# Peaks that a proposal does not leave and a warning begins at: a factor of 2 and more around the
+# reference's recipes (3.5e-4 to 5.7e-3), and room below for batches of a few images.
+LEARNING_RATES = (1e-5, 1e-2)
+# Warm-up, as a share of the steps. Small: measured. Large: the paper.
+WARMUP_SHARE = Line(small=(6_000, 0.10), large=(625_000, 0.16))
+# By steps. Small: measured. Large: the reference's short recipe, which has the paper's values.
+TEACHER_TEMP = Line(small=(6_000, 0.04), large=(125_000, 0.07))
+LAYER_SCALE = Line(small=(6_000, 0.1), large=(125_000, 1e-5))
+# Images a group by images a batch. Small: measured. Large: the paper's ViT-L.
+GROUP_SIZE = Line(small=(64, 64), large=(3_072, 32))
+
+
+def fitting_momentum(total_steps: int) -> float:
+    """The teacher's momentum at the start of a run, at least 0.5."""
+    gap = max(MOMENTUM_GAP.at(total_steps), min(FORGETTING / total_steps, 0.5))
+    return round(1 - float(f"{gap:.2g}"), 6)
+
+
+def fitting_learning_rate(*, global_batch_size: int, embed_dim: int, total_steps: int) -> float:
+    """The peak, after any rule: it grows with the root of the batch (the reference's rule), and
+    falls with the root of the width.
+    """
+    base = LEARNING_RATE.at(total_steps)
+    peak = base * math.sqrt(global_batch_size / 1024) * math.sqrt(1024 / embed_dim)
+    return min(max(peak, LEARNING_RATES[0]), LEARNING_RATES[1])
+
+
+def initialisation_left(momentum_start: float, momentum_end: float, *, total_steps: int) -> float:
+    """The weight of the initialisation in the last teacher: exact, but 0 below 1e-9.
+
+        weight = 1
+        for step in range(total_steps): weight *= momentum(step)
+
+    with the momentum on half a cosine from start to end, as `Schedules` has it.
+    """
+    weight, block = 1.0, 100_000  # in blocks: a long run's steps need not be in memory at once
+    for first in range(0, total_steps, block):
+        steps = np.arange(first, min(first + block, total_steps))
+        cosine = np.cos(np.pi * steps / total_steps)
+        momentum = momentum_end + 0.5 * (momentum_start - momentum_end) * (1 + cosine)
+        weight *= float(np.prod(momentum))
+        if weight < 1e-9:
+            return 0.0
+    return weight
