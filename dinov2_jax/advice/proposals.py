@@ -100,11 +100,8 @@ def _momentum(run: RunSettings) -> Suggestion:
 
 
 def _learning_rate(run: RunSettings) -> Suggestion:
-    key, current, factor = (
-        "optim.base_learning_rate",
-        run.base_learning_rate,
-        run.learning_rate_factor,
-    )
+    key, current = "optim.base_learning_rate", run.base_learning_rate
+    factor = run.learning_rate_factor
     if run.layerwise_lr_decay < 1:
         # Most layers then learn at a fraction of the peak, and nothing was measured.
         reason = f"no proposal beside optim.layerwise_lr_decay={run.layerwise_lr_decay:g}"
