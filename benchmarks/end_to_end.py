@@ -63,8 +63,12 @@ def run_lightly(options, links: str, workdir: str, steps: int) -> list[str]:
         "epochs": 1,
         "batch_size": options.batch_size,
         "num_workers": options.workers,
-        "num_prototypes": options.prototypes,
-        "drop_path_rate": options.drop_path_rate,
+        "model_args": {"drop_path_rate": options.drop_path_rate},
+        "method_args": {
+            "ibot_separate_head": True,
+            "output_dim": options.prototypes,
+            "center_method": "sinkhorn_knopp",
+        },
     }
     script = pathlib.Path(__file__).with_name("lightly_run.py")
     return [options.lightly_python, str(script), json.dumps(arguments)]

@@ -12,7 +12,7 @@ from dinov2_jax.config import ConfigError, compare_configs, flatten_config, load
 
 CONFIGS = config_lib.REPOSITORY / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.py")
-RECIPES = ("quickstart", "vits14", "vitb14", "vitl14", "vitg14", "vitl16_short")
+RECIPES = ("quickstart", "small", "vits14", "vitb14", "vitl14", "vitg14", "vitl16_short")
 
 
 def _load(*overrides: str, path: str = QUICKSTART):

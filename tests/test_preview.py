@@ -19,6 +19,7 @@ HINT = "the same command with --suggest prints values that fit, with reasons"
     ("recipe", "num_images"),
     [
         ("quickstart", 19),
+        ("small", 9_000),
         ("vits14", 14_000_000),
         ("vitb14", 14_000_000),
         ("vitl14", 14_000_000),

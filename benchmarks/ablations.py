@@ -1,0 +1,225 @@
+"""What decides at small scale: configs/small.py with one thing changed at a time, several seeds.
+
+    python -m benchmarks.ablations run RUNS --data FOLDER [--only REGEX] [--seeds 0 1] [--jobs 2]
+    python -m benchmarks.ablations evaluate RUNS [--segmentation FOLDER] [--retrieval FOLDER]
+    python -m benchmarks.ablations table RUNS
+
+FOLDER of `run` holds train.tar and val.tar. Every run is a workdir of its own below RUNS: stopped
+and started again, `run` goes on, and leaves what is finished.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import pathlib
+import queue
+import re
+import subprocess
+import sys
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PLAIN, BATCH_SIZE = "plain", 64
+
+
+def heads(**values) -> dict:
+    """Keys of both heads."""
+    return {f"{head}.{key}": value for head in ("dino", "ibot") for key, value in values.items()}
+
+
+def batch(size: int) -> dict:
+    """Images a step, in one group."""
+    return {"global_batch_size": size, "group_size": size}
+
+
+# What a change is called: the keys it sets, beside the recipe's.
+CHANGES = {
+    PLAIN: {},
+    "prototypes-64": heads(num_prototypes=64),
+    "prototypes-1024": heads(num_prototypes=1024),
+    "prototypes-4096": heads(num_prototypes=4096),
+    "batch-32": batch(32),
+    "batch-128": batch(128),
+    "softmax-centering": {"centering.kind": "softmax_center"},
+    "teacher-temp-0.02": {"centering.teacher_temp_start": 0.02, "centering.teacher_temp": 0.02},
+    "teacher-temp-to-0.07": {"centering.teacher_temp": 0.07},
+    "momentum-0.9": {"teacher.momentum_start": 0.9},
+    "momentum-0.99": {"teacher.momentum_start": 0.99},
+    "learning-rate-5e-4": {"optim.base_learning_rate": 5e-4},
+    "learning-rate-3e-3": {"optim.base_learning_rate": 3e-3},
+    "patch-embedding-full-rate": {"optim.patch_embed_lr_multiplier": 1.0},
+    "layer-scale-1e-5": {"model.layer_scale_init": 1e-5},
+    "layer-scale-1": {"model.layer_scale_init": 1.0},
+    "global-crops-from-0.5": {"crops.global_crop_scale": (0.5, 1.0)},
+    "local-crops-0.1-to-0.4": {"crops.local_crop_scale": (0.1, 0.4)},
+    "crops-64-and-32-px": {"crops.global_crop_size_px": 64, "crops.local_crop_size_px": 32},
+    "local-crops-0": {"crops.num_local_crops": 0},
+    "local-crops-8": {"crops.num_local_crops": 8},
+    "weaker-blur": {"augment.blur_sigma_px": (0.1, 0.6)},
+    "no-ibot": {"ibot.loss_weight": 0.0},
+    "tied-heads": {"ibot.separate_head": False},
+    "no-koleo": {"koleo.loss_weight": 0.0},
+    "koleo-0.5": {"koleo.loss_weight": 0.5},
+    "drop-path-0.1": {"model.drop_path_rate": 0.1},
+    "head-width-2048": heads(hidden_dim=2048),
+    # Sick on purpose.
+    "sick-learning-rate": {"optim.base_learning_rate": 0.03},
+    "sick-frozen-teacher": {"teacher.momentum_start": 1.0},
+    "sick-collapse": {
+        "centering.kind": "softmax_center",
+        "centering.center_momentum": 1.0,
+        "koleo.loss_weight": 0.0,
+        "ibot.loss_weight": 0.0,
+    },
+}
+# Measures: key of metrics.jsonl or of a result, and its name in the table.
+IN_RUN = {
+    "knn/val/cls": "kNN CLS, %",
+    "knn/val/mean_patch": "kNN mean patch, %",
+    "dino_ce_over_log_k": "DINO / ln K",
+    "ibot_ce_over_log_k": "iBOT / ln K",
+    "feature_rank": "rank",
+}
+RESULTS = {"miou_knn": "patch k-NN mIoU, %", "map": "retrieval mAP, %"}
+SHARES = ("knn/val/cls", "knn/val/mean_patch")
+
+
+def run_all(options) -> None:
+    """Trains what is asked for, `jobs` at once, each on cores of its own."""
+    names = [name for name in CHANGES if re.search(options.only, name)]
+    cores = np.array_split(sorted(os.sched_getaffinity(0)), options.jobs)
+    free = queue.SimpleQueue()
+    for group in cores:
+        free.put({int(core) for core in group})
+
+    def run(seed: int, name: str) -> None:
+        mine = free.get()
+        try:
+            train(name, seed, options, mine)
+        finally:
+            free.put(mine)
+
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for done in [pool.submit(run, seed, name) for seed in options.seeds for name in names]:
+            done.result()
+
+
+def train(name: str, seed: int, options, cores: set[int]) -> None:
+    """One run, from its last checkpoint; nothing if it is finished."""
+    change = CHANGES[name]
+    workdir = options.runs / f"{name}-seed{seed}"
+    steps = options.images // change.get("global_batch_size", BATCH_SIZE)
+    settings = {
+        "seed": seed,
+        "eval.kind": "knn",
+        "data.path": options.data / "train.tar",
+        "eval.bank_path": options.data / "train.tar",
+        "eval.query_path": options.data / "val.tar",
+        "eval.name": "val",
+        "total_steps": steps,
+        "eval_every_steps": max(steps // options.evaluations, 1),
+        **change,
+    }
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    config = f"--config={ROOT / 'configs' / 'small.py'}"
+    command = [sys.executable, "-m", "dinov2_jax.train", config, f"--workdir={workdir}", *flags]
+    log = options.runs / f"{workdir.name}.log"
+    options.runs.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as output:
+        done = subprocess.run(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+    last = log.read_text().strip().splitlines()[-1:]
+    print(f"{workdir.name}: exit code {done.returncode}: {''.join(last)}", flush=True)
+
+
+def evaluate(options) -> None:
+    """Patch k-NN segmentation and retrieval of every finished run's teacher."""
+    tasks = {}
+    if options.segmentation:
+        tasks["segmentation"] = [
+            *("--data", options.segmentation, "--protocol", "knn", "--bank-patches", "30000"),
+            *("--short-side", "176", "--ignore", "11"),
+        ]
+    if options.retrieval:
+        tasks["retrieval"] = ["--data", options.retrieval, "--size", "64", "--resize", "64"]
+    for teacher in sorted(options.runs.glob("*/teacher.safetensors")):
+        for task, flags in tasks.items():
+            out = teacher.parent / "evals" / task
+            command = [sys.executable, "-m", "dinov2_jax.evals", task, f"--out={out}"]
+            command += [f"--model={teacher.parent}", *map(str, flags)]
+            subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def measures(workdir: pathlib.Path) -> dict[str, float]:
+    """Of a finished run, by their names in the table; {} of another."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    total_steps = json.loads((workdir / "config.json").read_text())["total_steps"]
+    last = {key: row[key] for row in rows for key in IN_RUN if key in row}
+    if rows[-1]["step"] < total_steps:
+        return {}
+    found = {IN_RUN[key]: x * (100 if key in SHARES else 1) for key, x in last.items()}
+    for record in workdir.glob("evals/*/result.json"):
+        metrics = json.loads(record.read_text())["metrics"]
+        found |= {RESULTS[key]: x for key, x in metrics.items() if key in RESULTS}
+    return found
+
+
+def table(runs: pathlib.Path) -> str:
+    """Markdown: every change's mean over its seeds, and by how much it differs from plain.
+
+    A difference is the mean over the seeds that both have, with the smallest and the largest.
+    """
+    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in CHANGES}
+    for workdir in sorted(runs.glob("*-seed*")):
+        name, _, seed = workdir.name.rpartition("-seed")
+        if name in found and (workdir / "metrics.jsonl").exists():
+            found[name] |= {int(seed): x} if (x := measures(workdir)) else {}
+    names = [*IN_RUN.values(), *RESULTS.values()]
+    lines = ["| | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for change, seeds in found.items():
+        if not seeds:
+            continue
+        cells = []
+        for name in names:
+            values = [x[name] for x in seeds.values() if name in x]
+            plain = found[PLAIN]
+            apart = [x[name] - plain[s][name] for s, x in seeds.items() if name in plain.get(s, {})]
+            cell = f"{np.mean(values):.3g}" if values else ""
+            if apart and change != PLAIN:
+                cell += f" ({np.mean(apart):+.2g}: {min(apart):+.2g} to {max(apart):+.2g})"
+            cells.append(cell)
+        lines.append(f"| {change} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("what", choices=("run", "evaluate", "table"))
+    parser.add_argument("runs", type=pathlib.Path)
+    parser.add_argument("--data", type=pathlib.Path, help="folder of train.tar and val.tar")
+    parser.add_argument("--only", default="", metavar="REGEX", help="of the changes' names")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--images", type=int, default=20_480, help="a run sees (default 20,480)")
+    parser.add_argument("--evaluations", type=int, default=1, help="during a run")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--segmentation", help="folder of images and masks")
+    parser.add_argument("--retrieval", help="folder with list.json")
+    options = parser.parse_args()
+    if options.what == "run":
+        if options.data is None:
+            parser.error("run needs --data, a folder with train.tar and val.tar")
+        run_all(options)
+    elif options.what == "evaluate":
+        evaluate(options)
+    print(table(options.runs))
+
+
+if __name__ == "__main__":
+    main()
