@@ -69,37 +69,29 @@ class LevelScores(NamedTuple):
     precisions: dict[int, float]  # mean precision among the first k, for k of `PRECISION_AT`
 
 
-def score_level(
-    orders: Sequence[np.ndarray],
-    positives: Sequence[Sequence[int]],
-    junk: Sequence[Sequence[int]],
-    *,
-    trapezoid: bool,
-) -> LevelScores:
+def score_level(ranks: Sequence[np.ndarray], *, trapezoid: bool) -> LevelScores:
     """Mean average precision, and precision at k, of all queries.
 
     Precision at k is taken at the last positive where that comes before k, as published.
 
     Args:
-      orders: of each query, rows of the database, best first.
-      positives, junk: rows, of each query.
+      ranks: of `positive_ranks` in whole rankings, for each query.
       trapezoid: see `average_precision`.
 
     Raises:
       ValueError: no query has a positive.
     """
     averages, precisions = [], []
-    for order, wanted, left_out in zip(orders, positives, junk, strict=True):
-        if not len(wanted):
+    for found in ranks:
+        if not len(found):
             averages.append(None)
             continue
-        ranks = positive_ranks(order, wanted, left_out)
-        averages.append(average_precision(ranks, len(wanted), trapezoid=trapezoid))
-        limits = [min(ranks.max() + 1, k) for k in PRECISION_AT]
-        precisions.append([(ranks < limit).sum() / limit for limit in limits])
-    counted = [value for value in averages if value is not None]
-    if not counted:
+        averages.append(average_precision(found, len(found), trapezoid=trapezoid))
+        limits = [min(found.max() + 1, k) for k in PRECISION_AT]
+        precisions.append([(found < limit).sum() / limit for limit in limits])
+    if not precisions:
         raise ValueError("no query has a positive image; there is nothing to average over")
+    counted = [value for value in averages if value is not None]
     means = np.mean(precisions, axis=0)
     return LevelScores(
         float(np.mean(counted)), averages, dict(zip(PRECISION_AT, means.tolist(), strict=True))

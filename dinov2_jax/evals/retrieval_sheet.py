@@ -18,6 +18,7 @@ from dinov2_jax.visualize.sheets import (
 )
 
 COLORS = {"right": (40, 160, 70), "wrong": (205, 60, 50), "junk": (170, 170, 170)}
+NUM_FOUND = 8  # images of a row
 _FRAME_PX = 4
 
 
@@ -25,23 +26,21 @@ def retrieval_sheet(
     *,
     queries: Sequence[str],
     database: Sequence[str],
-    orders: np.ndarray,
+    orders: Sequence[np.ndarray],
     positives: Sequence[Sequence[int]],
     junk: Sequence[Sequence[int]],
     notes: Mapping[int, str],
     num_queries: int = 8,
-    num_found: int = 8,
     tile_px: int = 120,
 ) -> Sheet:
     """Draws evenly spaced queries and what they find first.
 
     Args:
       queries, database: paths of images, drawn whole.
-      orders: int `[q, found]`, rows of the database, best first.
+      orders: of each query, rows of the database, best first; `NUM_FOUND` are drawn.
       positives, junk: rows, of each query.
       notes: stands beside the query's name, by its row.
       num_queries: rows of the sheet, at most.
-      num_found: images of a row.
       tile_px: width of a tile.
     """
     query_names, names = short_names(queries), short_names(database)
@@ -56,7 +55,7 @@ def retrieval_sheet(
         first = named(tile(queries, query), query_names[query], ink=INK)
         note = notes.get(query)
         found = []
-        for row in orders[query][:num_found].tolist():
+        for row in orders[query][:NUM_FOUND].tolist():
             kind = "right" if row in positives[query] else "wrong"
             kind = "junk" if row in junk[query] else kind
             found.append(named(tile(database, row, COLORS[kind]), names[row]))

@@ -1,18 +1,21 @@
 """The search for neighbours as a task runs it: over all devices, planned aloud, with a bar."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from dinov2_jax.neighbors import nearest_neighbors, seconds_per_step
-from dinov2_jax.neighbors_plan import Plan, make_plan
+from dinov2_jax.neighbors_plan import QUERY_CHUNK_SIZE, Plan, make_plan
 from dinov2_jax.progress import Display, format_secs
 from dinov2_jax.sharding import make_mesh
 
 # Below so many chunks of queries times chunks of bank on a device, timing one would take longer
 # than it is worth.
 _TIMED_FROM = 16
+# Of whole rankings at once, at 8 bytes for each query and row of the bank; devices need a few times
+# as much to merge them.
+_RANKED_BYTES = 64 * 2**20
 
 
 def search(
@@ -28,20 +31,52 @@ def search(
     Raises:
       ValueError: as `nearest_neighbors`.
     """
+    settings = dict(k=k, at_once=QUERY_CHUNK_SIZE, say=say, is_shown=is_shown)
+    (found,) = _search(queries, bank, blocks=[slice(None)], **settings)
+    return found
+
+
+def rankings(
+    queries: Any, bank: Any, *, say: Callable[[str], None], is_shown: bool = True
+) -> Iterator[np.ndarray]:
+    """All rows of the bank for one query after the other, best first: int32 `[b]` each.
+
+    Only a few are in memory at a time: those of all queries would take 8 bytes for each pair. An
+    array is part of a larger one; copy what is to be kept of it.
+
+    Args:
+      others: see `search`.
+    """
+    at_once = min(max(_RANKED_BYTES // (8 * len(bank)), 1), QUERY_CHUNK_SIZE)
+    blocks = [slice(i, i + at_once) for i in range(0, len(queries), at_once)]
+    settings = dict(k=len(bank), at_once=at_once, say=say, is_shown=is_shown)
+    for _, rows in _search(queries, bank, blocks=blocks, **settings):
+        yield from rows
+
+
+def _search(
+    queries: Any, bank: Any, *, blocks: list[slice], k: int, at_once: int, say, is_shown
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What `nearest_neighbors` gives for each block of queries."""
     mesh = make_mesh()
-    plan = make_plan(len(queries), *bank.shape, k=min(k, len(bank)), mesh=mesh)
+    settings = dict(mesh=mesh, query_chunk_size=at_once)
+    plan = make_plan(len(queries), *bank.shape, k=min(k, len(bank)), **settings)
     secs = None
     if plan.num_steps * plan.chunks_per_device >= _TIMED_FROM:
         secs = plan.num_steps * seconds_per_step(plan, mesh=mesh)
-    say(describe(plan, secs))
+    say(describe(plan, secs) + f", {at_once:,} queries at a time" * (len(blocks) > 1))
     with Display(total=plan.num_steps, done=0, unit="search step", is_shown=is_shown) as display:
+        done = 0
 
-        def on_step(number: int) -> None:
-            display.advance(number)
+        def on_step(_: int) -> None:
+            nonlocal done
+            done += 1
+            display.advance(done)
             if secs is not None:
-                display.show(number, "")
+                display.show(done, "")
 
-        return nearest_neighbors(queries, bank, k=k, mesh=mesh, on_step=on_step)
+        for block in blocks:
+            yield nearest_neighbors(queries[block], bank, k=k, on_step=on_step, **settings)
 
 
 def describe(plan: Plan, secs: float | None) -> str:

@@ -70,7 +70,8 @@ def test_levels_as_published(level):
     truths[3] = {"easy": [], "hard": [], "junk": [1, 2]}  # no positive: left out of the mean
     ok = [[x for kind in LEVELS[level][0] for x in truth[kind]] for truth in truths]
     junk = [[x for kind in LEVELS[level][1] for x in truth[kind]] for truth in truths]
-    found = score_level(orders, ok, junk, trapezoid=True)
+    ranks = [positive_ranks(*case) for case in zip(orders, ok, junk, strict=True)]
+    found = score_level(ranks, trapezoid=True)
     expected = [
         published_scores(*case, PRECISION_AT) if case[1] else None
         for case in zip(orders, ok, junk, strict=True)
@@ -81,7 +82,7 @@ def test_levels_as_published(level):
     precisions = np.mean([x[1] for x in counted], axis=0)
     np.testing.assert_allclose(list(found.precisions.values()), precisions)
     with pytest.raises(ValueError, match="no query has a positive"):
-        score_level(orders[:1], [[]], [[1]], trapezoid=True)
+        score_level([positive_ranks(orders[0], [], [1])], trapezoid=True)
 
 
 def test_what_is_junk_at_each_level():
@@ -89,8 +90,11 @@ def test_what_is_junk_at_each_level():
     kinds, order = {"easy": [1], "hard": [2], "junk": [3]}, np.array([3, 2, 0, 1])
     found = {
         level: score_level(
-            [order],
-            *([[row for kind in names for row in kinds[kind]]] for names in chosen),
+            [
+                positive_ranks(
+                    order, *([row for x in names for row in kinds[x]] for names in chosen)
+                )
+            ],
             trapezoid=True,
         ).mean_average_precision
         for level, chosen in LEVELS.items()

@@ -1,11 +1,12 @@
 """The planned search: what it says, and that it is the search."""
 
 import re
+import tracemalloc
 
 import numpy as np
 
 from dinov2_jax.evals import search as module
-from dinov2_jax.evals.search import search
+from dinov2_jax.evals.search import rankings, search
 from dinov2_jax.neighbors import nearest_neighbors
 
 
@@ -26,3 +27,25 @@ def test_it_is_the_search_and_says_what_it_takes(monkeypatch, capsys):
     search(queries, bank, k=3, say=said.append)
     assert re.search(r"on each, about \d+s$", said[1])
     assert "search step 1/1" in capsys.readouterr().out
+
+
+def test_whole_rankings_come_a_few_queries_at_a_time(monkeypatch):
+    rng = np.random.default_rng(0)
+    queries, bank = rng.standard_normal((100, 4)), rng.standard_normal((3000, 4))
+    bank[7] = bank[1900]  # equals: the earlier row comes first
+    _, expected = nearest_neighbors(queries, bank, k=3000)
+    monkeypatch.setattr(module, "_RANKED_BYTES", 3 * 8 * 3000)
+    said = []
+    settings = dict(say=said.append, is_shown=False)
+    found = rankings(queries, bank, **settings)
+    compiled = list(rankings(queries[:4], bank, **settings))
+    assert len(compiled) == 4
+    tracemalloc.start()
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert said[0].endswith("GiB on each, 3 queries at a time")
+    assert peak < 8 * 100 * 3000 / 2  # half of what all of them take
+    assert len(list(rankings(queries[:2], bank, **settings))) == 2
+    assert "at a time" not in said[2]

@@ -19,12 +19,13 @@ from dinov2_jax.evals.retrieval import (
     MET_NEIGHBORS,
     classify_by_neighbors,
     met_scores,
+    positive_ranks,
     score_level,
     tune_met,
 )
 from dinov2_jax.evals.retrieval_sets import LAYOUT, MetSet, RetrievalSet, open_retrieval
-from dinov2_jax.evals.retrieval_sheet import retrieval_sheet
-from dinov2_jax.evals.search import search
+from dinov2_jax.evals.retrieval_sheet import NUM_FOUND, retrieval_sheet
+from dinov2_jax.evals.search import rankings, search
 from dinov2_jax.evals.task import Run, Task
 from dinov2_jax.evals.whitening import whitened
 from dinov2_jax.visualize.sheets import save
@@ -104,14 +105,22 @@ def _ranked(run: Run, data: RetrievalSet, features, protocol: dict[str, Any]) ->
     database = features(data.database, at="the database")
     queries = features(data.queries, boxes=boxes, at="the queries")
     database, queries = whitened(run.flags.whiten, database, queries)
-    _, orders = search(queries, database, k=len(database), say=run.say, is_shown=run.is_primary)
+    levels = {
+        level: tuple(data.rows(kinds) for kinds in positive_and_junk)
+        for level, positive_and_junk in data.levels.items()
+    }
+    ranks, first = {level: [] for level in levels}, []
+    whole = rankings(queries, database, say=run.say, is_shown=run.is_primary)
+    for i, order in enumerate(whole):
+        first.append(order[:NUM_FOUND].copy())
+        for level, (positives, junk) in levels.items():
+            ranks[level].append(positive_ranks(order, positives[i], junk[i]))
     metrics, details = {}, {}
-    for level, (positive_kinds, junk_kinds) in data.levels.items():
-        positives, junk = data.rows(positive_kinds), data.rows(junk_kinds)
+    for level, found in ranks.items():
         is_graded = bool(level)
-        if is_graded and not any(positives):
+        if is_graded and not any(map(len, found)):
             continue  # a list of one's own may have no hard image
-        scores = score_level(orders, positives, junk, trapezoid=is_graded)
+        scores = score_level(found, trapezoid=is_graded)
         suffix = f"_{level}" if level else ""
         metrics[f"map{suffix}"] = 100 * scores.mean_average_precision
         metrics |= {f"p{k}{suffix}": 100 * x for k, x in scores.precisions.items()}
@@ -126,10 +135,8 @@ def _ranked(run: Run, data: RetrievalSet, features, protocol: dict[str, Any]) ->
     }
     if not metrics:
         raise ValueError(f"no query of {run.data} has a positive image; each may have some")
-    hardest = list(data.levels.values())[-1]
-    distributed.on_primary(
-        lambda: _draw(run, data, orders, data.rows(hardest[0]), data.rows(hardest[1]), notes)
-    )
+    hardest = list(levels.values())[-1]
+    distributed.on_primary(lambda: _draw(run, data, first, *hardest, notes))
     return Result(
         metrics=metrics,
         headline=[name for name in metrics if name.startswith("map")],

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinov2_jax.evals import search
 from dinov2_jax.evals.__main__ import main
 from dinov2_jax.evals.fitted import Fit, FittedSource, cut_box, open_exactly, pad_to_square
 from dinov2_jax.evals.whitening import whitened
@@ -53,6 +54,25 @@ def test_pairs_are_found(pairs, tmp_path, flags):
     assert record["counts"] == {"train": 6, "test": 6}
     with Image.open(tmp_path / "out" / "retrieval.png") as sheet:
         assert sheet.width > 8 * 100
+
+
+def test_how_many_queries_are_ranked_at_once_changes_nothing(pairs, tmp_path, monkeypatch):
+    """One after the other; the new pictures stand for each other's junk and hard images."""
+    new = [f"new/{i}.png" for i in range(6)]
+    queries = [
+        {"image": f"old/{i}.png", "easy": [new[i]], "hard": [new[i - 1]], "junk": [new[i - 2]]}
+        for i in range(6)
+    ]
+    (pairs / "list.json").write_text(json.dumps({"database": new, "queries": queries}))
+    _, together = run(pairs, tmp_path / "out", "--size", 28)
+    monkeypatch.setattr(search, "_RANKED_BYTES", 1)
+    _, alone = run(pairs, tmp_path / "out2", "--size", 28)
+    for key in ("metrics", "details"):
+        assert alone[key] == together[key]
+    assert set(together["headline"]) == {"map_easy", "map_medium", "map_hard"}
+    assert 0 < together["metrics"]["map_hard"] < 100
+    sheets = ((tmp_path / out / "retrieval.png").read_bytes() for out in ("out", "out2"))
+    assert next(sheets) == next(sheets)
 
 
 def test_two_features_side_by_side(pairs, tmp_path, capsys):
