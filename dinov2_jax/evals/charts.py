@@ -1,10 +1,8 @@
 """Charts of a classification, drawn by Pillow: the confusion matrix, and a bar for each class."""
 
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 from dinov2_jax.evals.scores import confusion_counts, per_class_accuracy
@@ -17,7 +15,6 @@ from dinov2_jax.visualize.sheets import (
     TEXT_PX,
     Cell,
     Sheet,
-    save,
 )
 
 CONFUSION_FILE, BARS_FILE = "confusion.png", "per_class.png"
@@ -27,33 +24,25 @@ _MATRIX_PX, _BAR_PX, _NAME_PX = 720, 420, 190
 _RIGHT, _WRONG = np.array([38, 110, 70]), np.array([190, 60, 30])
 
 
-def write_class_charts(
-    out: pathlib.Path,
-    predicted: np.ndarray,
-    labels: np.ndarray,
-    names: Sequence[str],
-    *,
-    title: str,
-) -> None:
-    """Writes `BARS_FILE`, and of at most `MAX_DRAWN` classes `CONFUSION_FILE`, into a folder.
+def class_sheets(
+    predicted: np.ndarray, labels: np.ndarray, names: Sequence[str], *, title: str
+) -> dict[str, Sheet]:
+    """A bar for each class, and of at most `MAX_DRAWN` the confusion, by their files' names.
 
     Args:
-      out: the folder; made where it is not there.
       predicted: classes `[rows]`.
       labels: of them.
       names: of the classes.
-      title: of both charts.
+      title: of both.
     """
-    out.mkdir(parents=True, exist_ok=True)
     accuracy, counts = per_class_accuracy(predicted, labels, len(names))
     bars = Sheet(
         title=f"{title}: per class",
         caption="Share right of each class, and its number of images. The line is the mean.",
         cells=[Cell(draw_bars(accuracy, counts, names))],
     )
-    save(bars, epath.Path(out / BARS_FILE))
     if len(names) > MAX_DRAWN:
-        return
+        return {BARS_FILE: bars}
     confusion = confusion_counts(predicted, labels, len(names))
     matrix = Sheet(
         title=f"{title}: confusion",
@@ -63,7 +52,7 @@ def write_class_charts(
         ),
         cells=[Cell(draw_confusion(confusion, names))],
     )
-    save(matrix, epath.Path(out / CONFUSION_FILE))
+    return {BARS_FILE: bars, CONFUSION_FILE: matrix}
 
 
 def draw_confusion(confusion: np.ndarray, names: Sequence[str]) -> Image.Image:

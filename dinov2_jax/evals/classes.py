@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov2_jax.evals.charts import write_class_charts
+from dinov2_jax.evals.charts import class_sheets
 from dinov2_jax.evals.scores import per_class_accuracy
 from dinov2_jax.evals.task import Run
 
@@ -25,9 +25,8 @@ def report_classes(
       `per_class`: per cent right by class name; `confusions`: how often "this -> is taken for
       that", the commonest first.
     """
-    if run.is_primary:
-        title = f"{run.flags.task.name} of {run.model.name or 'the model'}"
-        write_class_charts(run.out, predicted, labels, names, title=title)
+    title = f"{run.flags.task.name} of {run.model.name or 'the model'}"
+    run.draw(lambda: class_sheets(predicted, labels, names, title=title))
     return class_details(predicted, labels, names)
 
 

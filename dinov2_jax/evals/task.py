@@ -7,10 +7,11 @@ functions, and what they return into a `Result`.
 import argparse
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from dinov2_jax import distributed
 from dinov2_jax.data.records import Source
@@ -19,6 +20,7 @@ from dinov2_jax.evals.results import Result
 from dinov2_jax.evals.splits import check_labels
 from dinov2_jax.features.read import FeatureSet
 from dinov2_jax.model import Model
+from dinov2_jax.visualize.sheets import Sheet, save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +91,19 @@ class Run:
             quiet=not self.is_primary,
             **sizes,
         )
+
+    def draw(self, make: Callable[[], Mapping[str, Sheet]]) -> None:
+        """Writes sheets into `out` by the names of their files, on the primary process alone.
+
+        Every process must call it, whatever it has to show: none goes on unless they are written.
+        """
+
+        def write() -> None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            for file, sheet in make().items():
+                save(sheet, epath.Path(self.out / file))
+
+        distributed.on_primary(write)
 
 
 def require_labels(features: FeatureSet, *, at: str, layout: str) -> np.ndarray:

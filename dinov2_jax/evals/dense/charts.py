@@ -22,6 +22,7 @@ from dinov2_jax.visualize.sheets import (
     zoomed,
 )
 
+SHEET_FILE = "predictions.png"
 _TILE_PX, _OVERLAY = 280, 0.6
 # Near to far: bright and warm to dark; brightness falls evenly, so it reads in grey too.
 _DEPTH_COLORS = np.array(
@@ -86,7 +87,7 @@ def mask_sheets(
     )
     matrix = Cell(draw_confusion(counts, class_names))
     return {
-        "predictions.png": overlay_sheet(examples, class_names, title=title),
+        SHEET_FILE: overlay_sheet(examples, class_names, title=title),
         BARS_FILE: Sheet(f"{title}: per class", caption, [Cell(bars)]),
         CONFUSION_FILE: Sheet(f"{title}: confusion", matrix_caption, [matrix]),
     }

@@ -11,8 +11,10 @@ import numpy as np
 from PIL import Image
 
 from dinov2_jax.data.records import DataError
+from dinov2_jax.evals.dense.resample import resize_bilinear, resize_nearest, scaled_size
 
 Pixels = tuple[np.ndarray, np.ndarray]
+WHOLE = (slice(None), slice(None))
 # Rows and columns of NYU's images that are not white borders.
 NYU_CROP = (slice(45, 472), slice(43, 608))
 _GAMMA, _COLOR = (0.9, 1.1), (0.9, 1.1)
@@ -60,6 +62,27 @@ class DepthAugment:
         x = image.astype(np.float32) ** rng.uniform(*_GAMMA)
         x *= rng.uniform(*self.brightness) * rng.uniform(*_COLOR, size=3).astype(np.float32)
         return np.clip(x, 0, 255).astype(np.uint8)
+
+
+def prepared(
+    image: np.ndarray,
+    depth: np.ndarray,
+    *,
+    short_side_px: int | None,
+    box: tuple[slice, slice] = WHOLE,
+) -> Pixels:
+    """A part of an image and its depth, scaled as the whole is where its short side is given.
+
+    Args:
+      image, depth: see the module.
+      short_side_px: of the whole image; None: as it is.
+      box: rows and columns of the part, before it is scaled.
+    """
+    whole, (image, depth) = min(depth.shape), (image[box], depth[box])
+    if short_side_px is None:
+        return image, depth
+    size = scaled_size(*depth.shape, short_side_px * min(depth.shape) / whole)
+    return resize_bilinear(image, *size), resize_nearest(depth, *size)
 
 
 def fixed_view(image: np.ndarray, depth: np.ndarray, *, crop_px: tuple[int, int]) -> Pixels:

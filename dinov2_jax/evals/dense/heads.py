@@ -123,6 +123,7 @@ def load_head(
     path: pathlib.Path,
     model: Model,
     *,
+    allowed: Sequence[str] = (*SEGMENTATION, *DEPTH),
     depth_range: tuple[float, float] | None = None,
     default_range: tuple[float, float] | None = None,
 ) -> tuple[DenseHead, Any, dict[str, Any]]:
@@ -131,12 +132,29 @@ def load_head(
     Args:
       path: released, or of `save_head`.
       model: whose tokens it takes.
+      allowed: protocols that it may be for.
       depth_range: of a depth head, in metres; None: what its metadata says.
       default_range: where they do not say, as released files; None: there must be no need for it.
 
     Raises:
-      FileNotFoundError, ValueError: see `read_task_head`; or its width is not the model's.
+      FileNotFoundError, ValueError: see `read_task_head`; or its width is not the model's, or it is
+        for another protocol.
     """
+    head, variables, facts = _read_head(path, model, depth_range, default_range)
+    if head.protocol not in allowed:
+        raise ValueError(
+            f"{path} is a head for {head.protocol}, and not for {' or '.join(allowed)}; give "
+            "another, or leave --protocol out"
+        )
+    return head, variables, facts
+
+
+def _read_head(
+    path: pathlib.Path,
+    model: Model,
+    depth_range: tuple[float, float] | None,
+    default_range: tuple[float, float] | None,
+) -> tuple[DenseHead, Any, dict[str, Any]]:
     facts = {}
     if path.suffix == ".safetensors" and path.exists():
         facts = json.loads(open_safetensors(path)[1].get(METADATA, "{}"))

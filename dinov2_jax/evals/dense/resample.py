@@ -7,7 +7,7 @@ other than Pillow's, and than what preprocessing of whole images uses.
 import numpy as np
 
 
-def scaled_size(height: int, width: int, short_side_px: int) -> tuple[int, int]:
+def scaled_size(height: int, width: int, short_side_px: float) -> tuple[int, int]:
     """Height and width where the short side is `short_side_px`, rounded half up as in mmcv."""
     scale = short_side_px / min(height, width)
     return int(height * scale + 0.5), int(width * scale + 0.5)

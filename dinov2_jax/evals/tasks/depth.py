@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dinov2_jax import distributed
 from dinov2_jax.evals.command import count, positive, positive_number
 from dinov2_jax.evals.dense import depth_views
-from dinov2_jax.evals.dense.charts import depth_sheet
+from dinov2_jax.evals.dense.charts import SHEET_FILE, depth_sheet
 from dinov2_jax.evals.dense.depth_sets import (
     LAYOUT,
     LAYOUTS,
@@ -31,12 +30,11 @@ from dinov2_jax.evals.dense.heads import DEPTH, depth_head, load_head
 from dinov2_jax.evals.dense.losses import SIGLOSS_WARMUP_STEPS, depth_loss
 from dinov2_jax.evals.dense.metrics import DEPTH_METRICS
 from dinov2_jax.evals.dense.predict import Maps, head_maps, normalise, predict_depth
-from dinov2_jax.evals.dense.resample import resize_bilinear
+from dinov2_jax.evals.dense.resample import resize_bilinear, scaled_size
 from dinov2_jax.evals.dense.schedules import HeadSchedule
 from dinov2_jax.evals.dense.train import Training
 from dinov2_jax.evals.results import Result
 from dinov2_jax.evals.task import Run, Task
-from dinov2_jax.visualize.sheets import save
 
 ITERATIONS, WARMUP_STEPS = 38_400, 12_800
 LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.01, 35.0
@@ -72,11 +70,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--mask", choices=("all", "eigen", "garg"), help="pixels judged; default: the layout's")
     add("--holdout", type=float, default=0.2, help="share tested where there is no split: the last")
     add(
+        "--short-side",
+        type=positive,
+        metavar="PX",
+        help="of images in the network; default: as they are, SUN RGB-D 480",
+    )
+    add(
         "--crop",
         type=positive,
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
-        help="of training; default: NYU 416 544, KITTI 352 704, else the image less a tenth",
+        help="of training; default: NYU 416 544, KITTI 352 704, else, and with --short-side, the "
+        "image less a tenth",
     )
     add(
         "--flip", action=argparse.BooleanOptionalAction, default=True, help="test mirror images too"
@@ -113,7 +118,9 @@ def run(run: Run) -> Result:
     judged_range = tuple(flags.range) if is_own else facts.depth_range
 
     def predict(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        if layout == "sunrgbd":
+        if flags.short_side:
+            image = resize_bilinear(image, *scaled_size(*image.shape[:2], flags.short_side))
+        elif layout == "sunrgbd":
             image = resize_bilinear(image, *SUN_SIZE)
         return predict_depth(
             image, predictor.maps, mean=spec.mean, std=spec.std, size=size, flip=flags.flip
@@ -131,11 +138,8 @@ def run(run: Run) -> Result:
     )
     # Not where there are examples: of several processes one may have tested no image.
     if flags.charts:
-        run.out.mkdir(parents=True, exist_ok=True)
         title = f"Depth ({name}) of {pathlib.Path(run.data).name} by {run.model.name}"
-        distributed.on_primary(
-            lambda: save(depth_sheet(examples, title=title), run.out / "predictions.png")
-        )
+        run.draw(lambda: {SHEET_FILE: depth_sheet(examples, title=title)})
     return Result(
         metrics={f"{metric}_{name}": errors[metric] for metric in DEPTH_METRICS},
         headline=[f"{metric}_{name}" for metric in ("rmse", "abs_rel", "d1")],
@@ -143,6 +147,7 @@ def run(run: Run) -> Result:
             **predictor.protocol,
             "layout": layout,
             "scale": test.scale,
+            "short_side_px": flags.short_side,
             "judged": mask,
             "judged_range": list(judged_range),
             "clip": facts.clip,
@@ -170,13 +175,12 @@ def _loaded(run: Run, layout: str) -> Predictor:
     default = LAYOUTS["nyu" if layout == "sunrgbd" else layout].depth_range
     asked = None if flags.range is None else tuple(flags.range)
     head, variables, _ = load_head(
-        flags.head.path, run.model, depth_range=asked, default_range=default
+        flags.head.path,
+        run.model,
+        allowed=[flags.protocol] if flags.protocol else DEPTH,
+        depth_range=asked,
+        default_range=default,
     )
-    if head.protocol not in DEPTH or flags.protocol not in (None, head.protocol):
-        raise ValueError(
-            f"{flags.head.path} is a head for {head.protocol}, and not for "
-            f"{flags.protocol or 'depth'}; give another, or leave --protocol out"
-        )
     protocol = {
         "protocol": head.protocol,
         "layers": list(head.layers),
@@ -248,22 +252,29 @@ def _trained(run: Run, layout: str) -> Predictor:
 
 
 def _views(flags: argparse.Namespace, layout: str, train: DepthSet, spec: Any) -> Views:
-    box = depth_views.NYU_CROP if layout == "nyu" else (slice(None), slice(None))
-    crop_px = (flags.crop and tuple(flags.crop)) or CROPS.get(layout)
-    if crop_px is None:
-        crop_px = tuple(round(0.9 * side) for side in train.read(0)[1].shape)
+    prepared = functools.partial(
+        depth_views.prepared,
+        short_side_px=flags.short_side,
+        box=depth_views.NYU_CROP if layout == "nyu" else depth_views.WHOLE,
+    )
+    if flags.crop:
+        crop_px = tuple(flags.crop)
+    elif layout in CROPS and not flags.short_side:
+        crop_px = CROPS[layout]
+    else:
+        crop_px = tuple(round(0.9 * side) for side in prepared(*train.read(0))[1].shape)
     augment = depth_views.DepthAugment(
         crop_px=crop_px, brightness=BRIGHTNESS.get(layout, (0.75, 1.25))
     )
 
     def random(image, depth, rng):
-        image, depth = augment(image[box], depth[box], rng)
+        image, depth = augment(*prepared(image, depth), rng)
         return normalise(image, spec.mean, spec.std), depth
 
     def fixed(image, depth):
-        return depth_views.fixed_view(image[box], depth[box], crop_px=crop_px)
+        return depth_views.fixed_view(*prepared(image, depth), crop_px=crop_px)
 
-    settings = f"{'centre' if flags.cached else augment} {layout} {crop_px}"
+    settings = f"{'centre' if flags.cached else augment} {layout} {crop_px} {flags.short_side}"
     return Views(random=random, fixed=fixed, size_px=crop_px, settings=settings)
 
 

@@ -28,7 +28,7 @@ from dinov2_jax.evals.task import Run, Task
 from dinov2_jax.features.index import weights_sha256
 from dinov2_jax.progress import Display
 from dinov2_jax.storage import write_whole
-from dinov2_jax.visualize.sheets import save
+from dinov2_jax.visualize.sheets import Sheet
 
 SHEET_FILE = "propagation.png"
 _PATCHES_AT_ONCE = 8_192  # in the network: attention's memory is what a frame costs
@@ -38,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The task's own flags."""
     add = parser.add_argument
     add("--clips", nargs="+", metavar="NAME", help="names, or a .txt of them from --data on")
-    add("--size", type=positive, default=480, metavar="PX", help="short side (default 480)")
+    add("--short-side", type=positive, default=480, metavar="PX", help="of frames (default 480)")
     add("--context", type=positive, default=7, metavar="N", help="frames beside the first")
     add("--neighbors", type=positive, default=5, metavar="K", help="patches that labels come from")
     add("--radius", type=int, default=12, help="of their square, in patches; 0: anywhere")
@@ -80,11 +80,11 @@ def run(run: Run) -> Result:
         for name in ("mean", "recall", "decay")
     }
     metrics["j_and_f"] = (metrics["j_mean"] + metrics["f_mean"]) / 2
-    distributed.on_primary(lambda: _draw(run, clips, found))
+    run.draw(lambda: {SHEET_FILE: _sheet(run, clips, found)})
     return Result(
         metrics=metrics,
         headline=["j_and_f", "j_mean", "f_mean"],
-        protocol={"short_side_px": flags.size, **settings},
+        protocol={"short_side_px": flags.short_side, **settings},
         counts={
             "test": sum(len(clip.frames) for clip in clips),
             "clips": len(clips),
@@ -97,7 +97,7 @@ def run(run: Run) -> Result:
 
 def patch_features(run: Run, clip: Clip) -> Iterator[np.ndarray]:
     """Patch tokens `[h, w, d]` of frame after frame, computed in batches."""
-    sizes = dict(resize_size_px=run.flags.size, crop=False)
+    sizes = dict(resize_size_px=run.flags.short_side, crop=False)
     grid = run.model.grid(*run.model.preprocess(clip.frames[0], **sizes).shape[1:3])
     count = max(min(run.batch_size, _PATCHES_AT_ONCE // math.prod(grid)), 1)
     for start in range(0, len(clip.frames), count):
@@ -172,7 +172,7 @@ def _key(run: Run, settings: dict[str, Any]) -> str:
     """Of all that decides the masks."""
     model = run.model
     parts = [weights_sha256(model.params), repr(model.spec), model.dtype.name, str(run.data)]
-    text = json.dumps([*parts, run.flags.size, settings], sort_keys=True)
+    text = json.dumps([*parts, run.flags.short_side, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -184,7 +184,7 @@ def _counted(
         yield mask
 
 
-def _draw(run: Run, clips: list[Clip], found: dict[str, Any]) -> None:
+def _sheet(run: Run, clips: list[Clip], found: dict[str, Any]) -> Sheet:
     notes = {
         name: f"{name}: J "
         + ", ".join(f"{100 * x['j']['mean']:.1f}" for x in objects)
@@ -192,13 +192,12 @@ def _draw(run: Run, clips: list[Clip], found: dict[str, Any]) -> None:
         + ", ".join(f"{100 * x['f']['mean']:.1f}" for x in objects)
         for name, objects in found.items()
     }
-    sheet = propagation_sheet(
+    return propagation_sheet(
         clips,
         lambda clip: [np.asarray(Image.open(path)) for path in _mask_paths(run, clip)],
         lambda clip: read_masks(clip)[0],
         notes,
     )
-    save(sheet, epath.Path(run.out / SHEET_FILE))
 
 
 TASK = Task(

@@ -9,9 +9,7 @@ import functools
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from dinov2_jax import distributed
 from dinov2_jax.evals.command import positive
 from dinov2_jax.evals.fitted import FEATURES, KINDS, Fit, fitted_features
 from dinov2_jax.evals.results import Result
@@ -28,7 +26,6 @@ from dinov2_jax.evals.retrieval_sheet import NUM_FOUND, retrieval_sheet
 from dinov2_jax.evals.search import rankings, search
 from dinov2_jax.evals.task import Run, Task
 from dinov2_jax.evals.whitening import whitened
-from dinov2_jax.visualize.sheets import save
 
 SHEET_FILE = "retrieval.png"
 # By kind of set: how images get their size.
@@ -135,8 +132,19 @@ def _ranked(run: Run, data: RetrievalSet, features, protocol: dict[str, Any]) ->
     }
     if not metrics:
         raise ValueError(f"no query of {run.data} has a positive image; each may have some")
-    hardest = list(levels.values())[-1]
-    distributed.on_primary(lambda: _draw(run, data, first, *hardest, notes))
+    positives, junk = list(levels.values())[-1]  # the hardest
+    run.draw(
+        lambda: {
+            SHEET_FILE: retrieval_sheet(
+                queries=data.queries,
+                database=data.database,
+                orders=first,
+                positives=positives,
+                junk=junk,
+                notes=notes,
+            )
+        }
+    )
     return Result(
         metrics=metrics,
         headline=[name for name in metrics if name.startswith("map")],
@@ -144,19 +152,6 @@ def _ranked(run: Run, data: RetrievalSet, features, protocol: dict[str, Any]) ->
         counts={"train": len(database), "test": len(queries)},
         details=details,
     )
-
-
-def _draw(run: Run, data: RetrievalSet, orders, positives, junk, notes) -> None:
-    sheet = retrieval_sheet(
-        queries=data.queries,
-        database=data.database,
-        orders=orders,
-        positives=positives,
-        junk=junk,
-        notes=notes,
-    )
-    run.out.mkdir(parents=True, exist_ok=True)
-    save(sheet, epath.Path(run.out / SHEET_FILE))
 
 
 def _met(run: Run, data: MetSet, features, protocol: dict[str, Any]) -> Result:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dinov2_jax import distributed
 from dinov2_jax.data.ahead import map_ahead
 from dinov2_jax.evals.command import count, positive, positive_number
 from dinov2_jax.evals.dense.bank import build_bank, patch_maps, voting_maps
@@ -21,7 +20,7 @@ from dinov2_jax.evals.dense.charts import mask_sheets
 from dinov2_jax.evals.dense.evaluate import evaluate_masks
 from dinov2_jax.evals.dense.fit import fit_head
 from dinov2_jax.evals.dense.flags import add_head_flags, num_threads, warmup_steps
-from dinov2_jax.evals.dense.heads import load_head, segmentation_head
+from dinov2_jax.evals.dense.heads import SEGMENTATION, load_head, segmentation_head
 from dinov2_jax.evals.dense.losses import cross_entropy
 from dinov2_jax.evals.dense.mask_protocols import PROTOCOLS, make_slide, make_views
 from dinov2_jax.evals.dense.mask_sets import LAYOUT, LAYOUTS, MaskSet, open_mask_set
@@ -32,7 +31,6 @@ from dinov2_jax.evals.dense.train import Training
 from dinov2_jax.evals.results import Result
 from dinov2_jax.evals.splits import tested
 from dinov2_jax.evals.task import Run, Task
-from dinov2_jax.visualize.sheets import save
 
 ITERATIONS, WARMUP_STEPS = 40_000, 1_500
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-4
@@ -127,10 +125,8 @@ def run(run: Run) -> Result:
     metrics = segmentation_metrics(counts)
     # Not where there are examples: of several processes one may have tested no image.
     if flags.charts:
-        run.out.mkdir(parents=True, exist_ok=True)
         title = f"Segmentation ({name}) of {pathlib.Path(run.data).name} by {run.model.name}"
-        sheets = functools.partial(mask_sheets, examples, counts, test.class_names, title=title)
-        distributed.on_primary(lambda: [save(x, run.out / file) for file, x in sheets().items()])
+        run.draw(lambda: mask_sheets(examples, counts, test.class_names, title=title))
     return Result(
         metrics={f"{key}_{name}": value for key, value in metrics.items()},
         headline=[f"miou_{name}"],
@@ -157,12 +153,8 @@ def run(run: Run) -> Result:
 
 def _loaded(run: Run) -> Predictor:
     flags = run.flags
-    head, variables, facts = load_head(flags.head.path, run.model)
-    if head.protocol not in PROTOCOLS or flags.protocol not in (None, head.protocol):
-        raise ValueError(
-            f"{flags.head.path} is a head for {head.protocol}, and not for "
-            f"{flags.protocol or 'segmentation'}; give another, or leave --protocol out"
-        )
+    allowed = [flags.protocol] if flags.protocol else SEGMENTATION
+    head, variables, facts = load_head(flags.head.path, run.model, allowed=allowed)
     names = {int(number): name for number, name in facts.get("classes", {}).items()}
     return Predictor(
         head_maps(run.model, head, variables, batch_size=run.batch_size),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dinov2_jax.data.records import DataError
-from dinov2_jax.evals.dense.depth_views import DepthAugment, fixed_view
+from dinov2_jax.evals.dense.depth_views import NYU_CROP, DepthAugment, fixed_view, prepared
 from tests.evals.dense.small_sets import COLORS, color_grid
 from tests.evals.dense.test_mask_views import nearest_color
 
@@ -52,6 +52,19 @@ def test_the_fixed_view_is_the_centre():
     found, cut = fixed_view(image, depth, crop_px=(28, 42))
     np.testing.assert_array_equal(cut, depth[7:35, 7:49])
     np.testing.assert_array_equal(found, image[7:35, 7:49])
+
+
+def test_a_part_has_the_scale_of_the_whole():
+    image, depth = scene()
+    half, half_depth = prepared(image, depth, short_side_px=21)
+    np.testing.assert_array_equal(half_depth, depth[::2, ::2])
+    assert (nearest_color(half) + 1 == half_depth).mean() > 0.95
+    big = np.zeros((480, 640, 3), np.uint8), np.arange(480 * 640, dtype=np.float32)
+    big = big[0], big[1].reshape(480, 640)
+    image, depth = prepared(*big, short_side_px=240, box=NYU_CROP)
+    assert image.shape == (214, 283, 3) and depth.shape == (214, 283)
+    assert depth[0, 0] == big[1][45, 43]
+    np.testing.assert_array_equal(prepared(*big, short_side_px=None)[1], big[1])
 
 
 def test_crops_must_fit():

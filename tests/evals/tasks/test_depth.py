@@ -61,6 +61,27 @@ def test_four_layers_with_augmentation(data, tmp_path):
     assert record["protocol"]["layers"] == [0] * 4
 
 
+def test_images_of_another_size(data, tmp_path, monkeypatch):
+    """28 / 42 of 42 x 56 px, trained less a tenth; judged at their own size."""
+    tested, trained, truths = set(), [], set()
+    predict, fit = depth.predict_depth, depth.fit_head
+
+    def predicted(image, *args, size, **settings):
+        tested.add(image.shape[:2])
+        truths.add(size)
+        return predict(image, *args, size=size, **settings)
+
+    def fitted(model, head, dataset, views, **settings):
+        trained.append(views.size_px)
+        return fit(model, head, dataset, views, **settings)
+
+    monkeypatch.setattr(depth, "predict_depth", predicted)
+    monkeypatch.setattr(depth, "fit_head", fitted)
+    record = run(data, tmp_path, "--short-side", "28", "--iterations", "2", "--warmup", "1")
+    assert tested == {(28, 37)} and truths == {(42, 56)} and trained == [(25, 33)]
+    assert record["protocol"]["short_side_px"] == 28
+
+
 def test_what_was_trained_on_other_metres_is_not_gone_on_from(data, tmp_path, capsys):
     flags = ["--cached", *TWO_STEPS]
     run(data, tmp_path, *flags)

@@ -29,7 +29,7 @@ def videos(tmp_path):
 
 def run(data, out, *flags):
     command = ["propagation", "--model", "pixels:4", "--data", str(data), "--out", str(out)]
-    return main([*command, *map(str, ("--size", 48, "--batch-size", 4, *flags))])
+    return main([*command, *map(str, ("--short-side", 48, "--batch-size", 4, *flags))])
 
 
 def test_a_square_is_followed_and_clips_are_done_once(videos, tmp_path, capsys, monkeypatch):
