@@ -35,6 +35,9 @@ class Disk:
     def is_file(self, path: str) -> bool:
         return os.path.isfile(path)
 
+    def is_there(self, path: str) -> bool:
+        return os.path.exists(path)
+
     def glob(self, pattern: str) -> list[str]:
         """Paths that match, sorted."""
         return sorted(glob.glob(pattern, recursive=True))
@@ -79,6 +82,9 @@ class Store:
 
     def is_file(self, url: str) -> bool:
         return self._type(url) == "file"
+
+    def is_there(self, url: str) -> bool:
+        return self._type(url) is not None
 
     def glob(self, pattern: str) -> list[str]:
         """URLs that match, sorted."""

@@ -50,6 +50,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def out_folder(text: str) -> pathlib.Path:
+    """A flag's type: a folder that is written to."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a folder of a disk, not a URL")
+    return pathlib.Path(text)
+
+
 def make_parser(task: Task) -> argparse.ArgumentParser:
     """The common flags and the task's own."""
     parser = _Parser(
@@ -69,13 +76,13 @@ def make_parser(task: Task) -> argparse.ArgumentParser:
         "random:dinov2_vits14",
     )
     add("--data", required=True, help="the data set; see below")
-    add("--out", required=True, type=pathlib.Path, help="folder of the results")
+    add("--out", required=True, type=out_folder, help="folder of the results")
     add(
         "--dataset",
         help=f"its name in the table, default the folder's; the paper has numbers for "
         f"{', '.join(datasets())}",
     )
-    add("--cache", type=pathlib.Path, help="folder of features, to share; default OUT/features")
+    add("--cache", type=out_folder, help="folder of features, to share; default OUT/features")
     add("--blocks", type=positive, metavar="N", help="use the first N blocks of the model alone")
     add("--seed", type=int, default=0, help="of every random choice (default 0)")
     add("--batch-size", type=positive, default=32, help="images at once on each device")
@@ -104,8 +111,14 @@ def run_task(flags: argparse.Namespace, *, model: Model | None = None) -> dict[s
       model: loaded before; None: `flags.model` is loaded.
 
     Raises:
-      ValueError, OSError: wrong input; or the folder holds the result of another request.
+      ValueError, OSError: wrong input, such as a URL where the task reads disks alone; or
+        the folder holds the result of another request.
     """
+    if "://" in flags.data and not flags.task.reads_urls:
+        raise ValueError(
+            f"--data {flags.data} must be on a disk for {flags.task.name}: copy it there; "
+            "knn, linear and logreg read image folders, tar shards and lists at URLs"
+        )
     distributed.initialize(flags.distributed)
     say = print if distributed.is_primary() else lambda *_, **__: None
     model = model or load_model(flags)

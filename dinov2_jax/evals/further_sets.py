@@ -79,7 +79,8 @@ def parse_sets(sets: Sequence[str], classes: Sequence[str], *, data: str) -> lis
     """Reads all of `--test`, and of `--classes NAME=FILE`; their paths are `located`.
 
     Raises:
-      ValueError: see `parse_set`; a name twice, or classes of a set that is not there.
+      ValueError: see `parse_set`; a name twice, or classes of a set that is not there; or a URL
+        where a disk is read.
     """
     found = [parse_set(text) for text in sets]
     files = dict(text.partition("=")[::2] for text in classes)
@@ -90,10 +91,15 @@ def parse_sets(sets: Sequence[str], classes: Sequence[str], *, data: str) -> lis
             f"{names=}, {classes=}"
         )
     files = {name: located(path, data=data) for name, path in files.items()}
-    return [
+    found = [
         FurtherSet(each.name, located(each.path, data=data), each.kind, files.get(each.name))
         for each in found
     ]
+    read = [*files.values(), *(each.path for each in found if each.kind != "images")]
+    at_url = [path for path in read if "://" in path]
+    if at_url:
+        raise ValueError(f"{at_url[0]} must be on a disk: of --test images alone may be at a URL")
+    return found
 
 
 def training_classes(

@@ -1,19 +1,20 @@
 """Splits of a labelled data set: `train`, `val` and `test` beside each other, in any storage."""
 
 import argparse
-import glob
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from dinov2_jax.data.files import DISK, Store
 from dinov2_jax.data.records import DataError, Source
 from dinov2_jax.data.sources import open_source
 
 LAYOUT = (
     "a folder with train/ and val/ (or test/), each with a folder of images per class; or "
-    "train.tar, train-*.tar, train.txt or train.array_record* and so on; or hf:NAME, tfds:NAME"
+    "train.tar, train-*.tar, train.txt or train.array_record* and so on, "
+    "also at a URL such as gs://bucket/folder; or hf:NAME, tfds:NAME"
 )
 _PATTERNS = ("{}", "{}.tar", "{}-*.tar", "{}_*.tar", "{}.txt", "{}.array_record*")
 
@@ -22,16 +23,20 @@ def find_split(data: str, names: Sequence[str]) -> str:
     """Where the first of `names` that exists lies: what `data.sources.open_source` takes.
 
     Raises:
-      DataError: none of them is there.
+      DataError: none of them is there, or the store cannot be read.
     """
     if data.startswith(("hf:", "tfds:")):
         return f"{data}:{names[0]}"
     data = os.path.expanduser(data)
-    for name in names:
-        for pattern in _PATTERNS:
-            path = os.path.join(data, pattern.format(name))
-            if os.path.exists(path) or ("*" in path and glob.glob(path)):
-                return path
+    files = Store(data) if "://" in data else DISK
+    try:
+        for name in names:
+            for pattern in _PATTERNS:
+                path = os.path.join(data, pattern.format(name))
+                if files.glob(path) if "*" in path else files.is_there(path):
+                    return path
+    except OSError as error:
+        raise DataError(f"{data} cannot be read ({error.strerror}); check its access") from error
     raise DataError(f"{data} holds no split {' or '.join(names)}; expected: {LAYOUT}")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from dinov2_jax import distributed
 from dinov2_jax.config import ConfigError, run_file
-from dinov2_jax.evals.command import load_model, make_parser, run_task
+from dinov2_jax.evals.command import load_model, make_parser, out_folder, run_task
 from dinov2_jax.evals.results import read_record, write_tables
 from dinov2_jax.evals.task import Task
 from dinov2_jax.model import Model
@@ -43,8 +43,8 @@ def parse_suite(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--config", required=True, help="such as configs/evals/paper.py")
     add("--model", required=True, help="as for every task")
     add("--data", required=True, help="the folder that the entries' data lie in")
-    add("--out", required=True, type=pathlib.Path, help="folder of all results and of the table")
-    add("--cache", type=pathlib.Path, help="folder of features; default OUT/features")
+    add("--out", required=True, type=out_folder, help="folder of all results and of the table")
+    add("--cache", type=out_folder, help="folder of features; default OUT/features")
     add("--only", default="", metavar="REGEX", help="entries whose names match")
     return parser.parse_known_args(argv)
 

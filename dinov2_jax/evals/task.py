@@ -33,6 +33,7 @@ class Task:
       layout: what `--data` must hold, as a drawing of the folder; shown by `--help` and in errors.
       add_flags: adds the task's own flags to a parser.
       run: does it all.
+      reads_urls: whether `--data` may be at a URL, or must be on a disk.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Task:
     layout: str
     add_flags: Callable[[argparse.ArgumentParser], None]
     run: Callable[["Run"], Result]
+    reads_urls: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import fsspec
 import pytest
 
 from dinov2_jax import distributed
@@ -111,6 +112,8 @@ def test_layouts_that_are_wrong(arguments, tmp_path, capsys):
         (["knn", "--batch-size=x"], "'x' must be a whole number, at least 1"),
         (["knn", "--model=a", "--data=b", "--out=c", "--distributed=on"], "nothing says where the"),
         (["knn", "--neighbors=0"], "'0' must be a whole number, at least 1"),
+        (["knn", "--out=gs://b/o"], "'gs://b/o' must be a folder of a disk, not a URL"),
+        (["suite", "--out=gs://b/o"], "'gs://b/o' must be a folder of a disk, not a URL"),
     ],
 )
 def test_wrong_words_are_one_line(capsys, argv, message):
@@ -119,6 +122,24 @@ def test_wrong_words_are_one_line(capsys, argv, message):
     assert error.startswith("error: ") and error.count("\n") == 1
     for part in message.split(".*"):
         assert part in error
+
+
+def test_data_at_a_url(arguments, colors, tmp_path, capsys):
+    """k-NN of images in a store is that of a disk; other tasks say what reads URLs."""
+    url = f"memory://{tmp_path.name}"
+    for path in sorted(colors.rglob("*.png")):
+        store_path = f"{url}/{path.relative_to(colors)}"
+        fsspec.filesystem("memory").pipe(store_path, path.read_bytes())
+    assert main(arguments) == main([*arguments, f"--data={url}", f"--out={tmp_path}/url"]) == 0
+    records = [json.loads((tmp_path / x / "result.json").read_text()) for x in ("out", "url")]
+    assert records[0]["metrics"] == records[1]["metrics"]
+    assert records[0]["counts"] == records[1]["counts"]
+    capsys.readouterr()
+    for name in ("depth", "fairness", "propagation", "retrieval", "segmentation", "video"):
+        assert main([name, *arguments[1:5], f"--data={url}", "--out=x"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"must be on a disk for {name}: copy it there; knn, linear and logreg" in error
 
 
 def test_help(capsys):

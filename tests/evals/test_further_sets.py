@@ -58,6 +58,18 @@ def test_parse_errors():
             parse_sets(sets, classes, data="/data")
 
 
+def test_only_images_may_be_at_a_url():
+    (found,) = parse_sets(["v2=v2"], [], data="gs://bucket/data")
+    assert found.path == "gs://bucket/data/v2"
+    for sets, classes in (
+        (["c=c:corruptions"], []),
+        (["real=r.json:label_sets"], []),
+        (["v2=/v2"], ["v2=a.txt"]),
+    ):
+        with pytest.raises(ValueError, match=r"gs://bucket/data/\S+ must be on a disk: of --test"):
+            parse_sets(sets, classes, data="gs://bucket/data")
+
+
 def test_classes_by_name_and_by_file(tmp_path):
     found = training_classes(("bee", "dog"), of=TRAIN, at="the set")
     np.testing.assert_array_equal(found, [1, 3])

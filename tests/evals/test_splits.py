@@ -2,6 +2,7 @@
 
 import argparse
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -42,6 +43,27 @@ def test_the_first_name_that_is_there(tmp_path):
     assert find_split("hf:cifar10", ("test", "val")) == "hf:cifar10:test"
     with pytest.raises(ValueError, match=r"holds no split a or b; expected: a folder with train/"):
         find_split(str(tmp_path), ("a", "b"))
+
+
+@pytest.mark.parametrize("made", ["train/cat/a.png", "train-000.tar", "train.tar", "train.txt"])
+def test_splits_at_a_url(tmp_path, made):
+    url = f"memory://{tmp_path.name}/{made}"
+    fsspec.filesystem("memory").pipe(url, b"x")
+    for data in (f"memory://{tmp_path.name}", f"memory://{tmp_path.name}/"):
+        found = find_split(data, ("training", "train"))
+        pattern = "train-*.tar" if "-" in made else made.split("/")[0]
+        assert found == f"memory://{tmp_path.name}/{pattern}"
+    with pytest.raises(DataError, match=r"memory://\S+ holds no split val; expected"):
+        find_split(data, ("val",))
+
+
+def test_a_store_that_cannot_be_read(monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "info", refused)
+    with pytest.raises(DataError, match=r"memory://b cannot be read \(PermissionError: not yours"):
+        find_split("memory://b", ("train",))
 
 
 def test_home_and_sources(colors, monkeypatch):

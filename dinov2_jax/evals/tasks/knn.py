@@ -142,4 +142,5 @@ TASK = Task(
     layout=LAYOUT,
     add_flags=add_flags,
     run=run,
+    reads_urls=True,
 )

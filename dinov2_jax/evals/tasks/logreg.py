@@ -265,4 +265,5 @@ TASK = Task(
     layout=_LAYOUT,
     add_flags=add_flags,
     run=run,
+    reads_urls=True,
 )
