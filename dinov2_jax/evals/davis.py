@@ -9,6 +9,7 @@ from PIL import Image
 
 from dinov2_jax.data.image_ops import IMAGE_SUFFIXES
 from dinov2_jax.data.records import DataError
+from dinov2_jax.evals.video_frames import in_time
 
 LAYOUT = """
   JPEGImages/CLIP/00000.jpg ..     frames; their names are in the order of time
@@ -121,8 +122,5 @@ def _clips_folder(root: pathlib.Path, part: str) -> pathlib.Path:
 def _images(folder: pathlib.Path) -> list[pathlib.Path]:
     if not folder.is_dir():
         return []
-    return sorted(
-        x
-        for x in folder.iterdir()
-        if x.suffix.lower() in IMAGE_SUFFIXES and not x.name.startswith(".")
-    )
+    images = (x for x in folder.iterdir() if x.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted((x for x in images if x.name[0] != "."), key=lambda x: in_time(x.name))

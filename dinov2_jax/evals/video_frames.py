@@ -6,6 +6,7 @@ Of each video the same few frames, evenly spaced in time, are the records, one a
 import concurrent.futures
 import os
 import pathlib
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -25,6 +26,12 @@ def spaced_frames(num_frames: int, count: int) -> list[int]:
     return [(2 * i + 1) * num_frames // (2 * count) for i in range(count)]
 
 
+def in_time(name: str) -> tuple[list[str | int], str]:
+    """The key that sorts names of frames: frame_2 comes before frame_10."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+
+
 class VideoFrames(Source):
     """The frames of videos: record `i` is frame `i % frames_per_video` of video
     `i // frames_per_video`. A video that cannot be read makes all of its records bad images.
@@ -34,7 +41,7 @@ class VideoFrames(Source):
         """Binds videos.
 
         Args:
-          videos: files, or folders of frames whose names are in the order of time.
+          videos: files, or folders of frames whose names, numbers as such, are in the order of time.
           frames_per_video: of each.
           path: what named them.
 
@@ -93,7 +100,8 @@ def read_frames(video: str, count: int) -> list[bytes | np.ndarray]:
       BadImage: it has no frame, or cannot be read.
     """
     if os.path.isdir(video):
-        found = [x for x in sorted(os.listdir(video)) if x.lower().endswith(IMAGE_SUFFIXES)]
+        found = [x for x in os.listdir(video) if x.lower().endswith(IMAGE_SUFFIXES)]
+        found.sort(key=in_time)
         if not found:
             raise BadImage("a folder without frames")
         names = [os.path.join(video, found[i]) for i in spaced_frames(len(found), count)]

@@ -22,6 +22,17 @@ def write_clip(root, name, masks, *, inner="", palette=True):
         image.save(root / "Annotations" / inner / name / f"{i:05d}.png")
 
 
+def test_frames_are_in_the_order_of_their_numbers(tmp_path):
+    write_clip(tmp_path, "a", [1, 2, 3])
+    for part, suffix in (("JPEGImages", "jpg"), ("Annotations", "png")):
+        for i in range(3):  # 10, 9, 8: as text, 10 comes first
+            path = tmp_path / part / "a" / f"{i:05d}.{suffix}"
+            path.rename(path.with_stem(str(10 - i)))
+    (clip,) = open_davis(str(tmp_path))
+    assert [x.stem for x in clip.frames] == ["8", "9", "10"]
+    assert [int(x.max()) for x in read_masks(clip)[0]] == [3, 2, 1]
+
+
 @pytest.mark.parametrize("inner", ["", "480p"])
 def test_clips(tmp_path, inner):
     write_clip(tmp_path, "b", [2, 1, None, 255, 2], inner=inner)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dinov2_jax.data.records import BadImage, DataError
 from dinov2_jax.evals import video_frames
-from dinov2_jax.evals.video_frames import VideoFrames, read_frames, spaced_frames
+from dinov2_jax.evals.video_frames import VideoFrames, in_time, read_frames, spaced_frames
 
 
 def write_frames(folder, count):
@@ -61,6 +61,17 @@ def test_folders_of_frames(tmp_path):
             source[i]
     with pytest.raises(DataError, match="list names no video"):
         VideoFrames([], frames_per_video=2, path="list")
+
+
+def test_numbers_of_frames_are_numbers(tmp_path):
+    """As text, frame_10 comes before frame_2."""
+    (tmp_path / "a").mkdir()
+    for i in range(1, 13):
+        (tmp_path / "a" / f"frame_{i}.png").write_bytes(_png(i))
+    found = [color(x) for x in read_frames(str(tmp_path / "a"), 12)]
+    assert found == list(range(1, 13))
+    names = ["b1", "a10_2", "a10_10", "a9", "a", "a09", "7"]
+    assert sorted(names, key=in_time) == ["7", "a", "a09", "a9", "a10_2", "a10_10", "b1"]
 
 
 def test_a_video_is_read_once_by_many_threads(tmp_path, monkeypatch):
