@@ -119,7 +119,13 @@ def rates_by_group(
 
 
 def gap(rates: Mapping[str, float]) -> Gap:
-    """Of at least one group; a best rate of 0 has no relative gap and gives 0."""
+    """A best rate of 0 has no relative gap and gives 0.
+
+    Raises:
+      ValueError: there is no group.
+    """
+    if not rates:
+        raise ValueError("no image that can be read is in a group; there is no gap to speak of")
     best, worst = max(rates, key=rates.get), min(rates, key=rates.get)
     points = rates[best] - rates[worst]
     return Gap(best, worst, points, points / rates[best] if rates[best] else 0.0)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from dinov2_jax.data.records import DataError
 from dinov2_jax.evals.fairness import (
+    AGES,
     ASSOCIATIONS,
     REGIONS,
     age_bucket,
@@ -51,7 +52,7 @@ def read_people(data: str, *, columns: Mapping[str, str], group_by: Sequence[str
       group_by: further columns whose values are groups.
 
     Raises:
-      DataError: a column is missing, or a value is none.
+      DataError: a column is missing, a value is none, or no image is in a group.
     """
     path = pathlib.Path(data).expanduser()
     path = path / METADATA_FILE if path.is_dir() else path
@@ -105,6 +106,12 @@ def read_people(data: str, *, columns: Mapping[str, str], group_by: Sequence[str
     groups |= {name: column(name, needed=True) for name in group_by}
     if not groups:
         raise DataError(f"{path} has no groups; it needs income or region, or --group-by COLUMN")
+    for name, values in groups.items():
+        if not any(values):  # of all groups those of ages alone leave people out
+            raise DataError(
+                f"{path}: column {columns.get(name, name)} puts no image in a group, of which the "
+                f"first begins at {AGES[0][0]} years; correct it, or remove the column"
+            )
     return People(
         images=images,
         concepts=concepts and [_several(x, path) for x in concepts],

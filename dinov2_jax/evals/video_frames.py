@@ -41,7 +41,7 @@ class VideoFrames(Source):
         """Binds videos.
 
         Args:
-          videos: files, or folders of frames whose names, numbers as such, are in the order of time.
+          videos: files, or folders of frames, which are sorted by `in_time`.
           frames_per_video: of each.
           path: what named them.
 

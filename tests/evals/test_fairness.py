@@ -79,6 +79,11 @@ c.jpg,"['tap', 'sink']",5000,eu,h2
 """
 
 
+def test_no_group_has_no_gap():
+    with pytest.raises(ValueError, match="no image that can be read is in a group"):
+        gap({})
+
+
 def test_metadata(tmp_path):
     path = tmp_path / "metadata.csv"
     path.write_text(HITS)
@@ -109,6 +114,11 @@ def test_metadata(tmp_path):
         ("image,gender\na,b\n", {}, "has no column skin"),
         ("image,concept,income\n", {}, "names no image"),
         ("image,concept,income\na,b,-3\n", {}, "must be a positive number"),
+        (
+            "image,gender,skin,years\na,female,1,7\nb,male,5,17\n",
+            {"age": "years"},
+            r"images\.csv: column years puts no image in a group, .* at 18 years; .* remove the",
+        ),
     ],
 )
 def test_metadata_that_is_wrong(tmp_path, text, columns, message):
