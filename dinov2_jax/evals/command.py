@@ -5,6 +5,7 @@ A result that is there already, made by the same request, is shown and not made 
 
 import argparse
 import math
+import os
 import pathlib
 import resource
 import time
@@ -13,7 +14,7 @@ from typing import Any
 from dinov2_jax import __version__, distributed
 from dinov2_jax.evals.networks import load_network
 from dinov2_jax.evals.paper import datasets
-from dinov2_jax.evals.results import read_record, rows, to_markdown, write_record
+from dinov2_jax.evals.results import entry_name, read_record, rows, to_markdown, write_record
 from dinov2_jax.evals.task import Run, Task
 from dinov2_jax.features.index import weights_sha256
 from dinov2_jax.model import Model
@@ -132,7 +133,7 @@ def run_task(flags: argparse.Namespace, *, model: Model | None = None) -> dict[s
     else:
         record = _make(flags, model, sha256, request, say)
         distributed.on_primary(lambda: write_record(flags.out, record))
-    say(to_markdown(rows([record])), end="")
+    say(to_markdown(rows({entry_name(flags.out): record})), end="")
     return record
 
 
@@ -151,11 +152,13 @@ def load_model(flags: argparse.Namespace) -> Model:
 
 def _make(flags, model: Model, sha256: str, request: dict[str, Any], say) -> dict[str, Any]:
     started, cpu_started = time.perf_counter(), time.process_time()
+    dataset = flags.dataset or os.path.basename(os.path.abspath(os.path.expanduser(flags.data)))
     result = flags.task.run(
         Run(
             flags=flags,
             model=model,
             data=flags.data,
+            dataset=dataset,
             out=flags.out,
             cache=flags.cache or flags.out / "features",
             seed=flags.seed,
@@ -166,7 +169,7 @@ def _make(flags, model: Model, sha256: str, request: dict[str, Any], say) -> dic
     )
     return {
         "task": flags.task.name,
-        "dataset": flags.dataset or pathlib.Path(flags.data).name,
+        "dataset": dataset,
         "metrics": dict(result.metrics),
         "headline": list(result.headline),
         "protocol": dict(result.protocol),

@@ -9,8 +9,9 @@ import dataclasses
 import io
 import json
 import math
+import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -20,7 +21,18 @@ from dinov2_jax.storage import write_whole
 
 RESULT_FILE = "result.json"
 TABLE_STEM = "table"
-COLUMNS = ("dataset", "task", "metric", "value", "paper", "model", "images", "seed", "seconds")
+COLUMNS = (
+    "entry",
+    "dataset",
+    "task",
+    "metric",
+    "value",
+    "paper",
+    "model",
+    "images",
+    "seed",
+    "seconds",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,10 +64,15 @@ class Result:
 
 
 def write_record(out: pathlib.Path, record: Mapping[str, Any]) -> None:
-    """Writes `result.json`, whole or not at all, and the table of this one result."""
+    """Writes `result.json`, whole or not at all, and the table of this one entry."""
     out.mkdir(parents=True, exist_ok=True)
     write_whole(epath.Path(out / RESULT_FILE), json.dumps(record, indent=2) + "\n")
-    write_tables(out, [record])
+    write_tables(out, {entry_name(out): record})
+
+
+def entry_name(out: pathlib.Path) -> str:
+    """What the result in a folder is called in a table: as the folder."""
+    return os.path.basename(os.path.abspath(out))
 
 
 def read_record(out: pathlib.Path) -> dict[str, Any] | None:
@@ -75,15 +92,16 @@ def read_record(out: pathlib.Path) -> dict[str, Any] | None:
         )
 
 
-def rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the table, `COLUMNS` each: every headline metric of every record."""
+def rows(records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the table, `COLUMNS` each: every headline metric of every entry's record."""
     found = []
-    for record in records:
+    for entry, record in records.items():
         for name in record["headline"]:
             dataset, _, metric = name.rpartition("/")
             dataset = dataset or record["dataset"]
             found.append(
                 {
+                    "entry": entry,
                     "dataset": dataset,
                     "task": record["task"],
                     "metric": metric,
@@ -126,8 +144,8 @@ def to_csv(found: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def write_tables(out: pathlib.Path, records: Iterable[Mapping[str, Any]]) -> str:
-    """Writes `table.md`, `table.csv` and `table.json`; returns the first."""
+def write_tables(out: pathlib.Path, records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Writes `table.md`, `table.csv` and `table.json` of entries; returns the first."""
     found = rows(records)
     texts = {".md": to_markdown(found), ".csv": to_csv(found)}
     texts[".json"] = json.dumps(found, indent=2) + "\n"

@@ -108,7 +108,8 @@ def run_suite(argv: Sequence[str], *, find_task: Callable[[str], Task]) -> list[
     """Runs all entries, one after the other, and writes one table of what is there.
 
     An entry that fails is said and skipped; all are parsed before the first runs, so that a wrong
-    flag is known at once. With `--only` the table has the results of the other entries too.
+    flag is known at once. With `--only` the table has the results of the other entries too;
+    an entry that failed is not in it.
 
     Args:
       argv: of the command, after "suite".
@@ -136,7 +137,7 @@ def run_suite(argv: Sequence[str], *, find_task: Callable[[str], Task]) -> list[
     distributed.initialize(next(iter(parsed.values())).distributed)
     say = print if distributed.is_primary() else lambda *_, **__: None
     models: dict[tuple, Model] = {}
-    failures = []
+    failures = {}
     for number, (name, entry_flags) in enumerate(parsed.items(), 1):
         say(f"[{number}/{len(parsed)}] {name}")
         key = tuple(getattr(entry_flags, flag) for flag in _MODEL_FLAGS)
@@ -147,10 +148,12 @@ def run_suite(argv: Sequence[str], *, find_task: Callable[[str], Task]) -> list[
         except (ValueError, OSError, ModuleNotFoundError) as error:
             if is_disk_full(error):
                 raise
-            failures.append(f"{name}: {' '.join(str(error).split())}")
-            say(f"left out: {failures[-1]}")
-    found = [record for name in entries if (record := read_record(flags.out / name))]
+            failures[name] = f"{name}: {' '.join(str(error).split())}"
+            say(f"left out: {failures[name]}")
+    # What lies in the folder of an entry that failed may be the result of another request.
+    left = [name for name in entries if name not in failures]
+    found = {name: record for name in left if (record := read_record(flags.out / name))}
     if found:
         table = distributed.on_primary(lambda: write_tables(flags.out, found))
         say(f"\n{table}", end="")
-    return failures
+    return list(failures.values())

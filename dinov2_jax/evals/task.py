@@ -52,6 +52,7 @@ class Run:
       flags: all of them, the common ones and the task's.
       model: frozen.
       data: as given: a path, or what `data.sources.open_source` takes.
+      dataset: its name in tables and titles.
       out: the folder of the results.
       cache: the folder of features, which several tasks may share.
       seed: of every choice that the task makes.
@@ -63,6 +64,7 @@ class Run:
     flags: argparse.Namespace
     model: Model
     data: str
+    dataset: str
     out: pathlib.Path
     cache: pathlib.Path
     seed: int

@@ -153,6 +153,13 @@ def test_help(capsys):
         assert task.layout in parser.format_help() and "--model" in parser.format_help()
 
 
+@pytest.mark.parametrize("data", [".", "./", "../{name}"])
+def test_a_data_set_is_called_as_its_folder(arguments, colors, tmp_path, monkeypatch, data):
+    monkeypatch.chdir(colors)
+    assert main([*arguments, f"--data={data.format(name=colors.name)}"]) == 0
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["dataset"] == colors.name
+
+
 def test_numbers():
     assert positive("12") == 12
 

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import pathlib
 
 import pytest
 
 from dinov2_jax.evals.results import (
     COLUMNS,
     Result,
+    entry_name,
     read_record,
     rows,
     to_csv,
@@ -46,9 +48,10 @@ def test_a_result_is_consistent():
 
 
 def test_a_row_for_each_headline():
-    found = rows([RECORD])
+    found = rows({"mine": RECORD})
     assert [tuple(row) for row in found] == [COLUMNS] * 2
     assert found[0] == {
+        "entry": "mine",
         "dataset": "imagenet1k",
         "task": "linear",
         "metric": "top1",
@@ -60,18 +63,27 @@ def test_a_row_for_each_headline():
         "seconds": 1.5,
     }
     assert found[1] | {"dataset": "imagenet_v2", "paper": 70.9, "images": 5} == found[1]
-    assert rows([RECORD | {"headline": []}]) == []
+    assert rows({"mine": RECORD | {"headline": []}}) == []
+    two = rows({"linear": RECORD, "linear_augmented": RECORD})
+    assert [row["entry"] for row in two] == ["linear"] * 2 + ["linear_augmented"] * 2
 
 
 def test_tables():
-    found = rows([RECORD])
+    found = rows({"mine": RECORD})
     lines = to_markdown(found).splitlines()
     assert lines[0].count("|") == len(COLUMNS) + 1 and len(lines) == 4
     assert "| 80.1 | 81.1 | a\\|b | 120 | 3 | 1.500 |" in lines[2]
     (first, _) = csv.DictReader(to_csv(found).splitlines())
     assert first["value"] == "80.123456" and first["model"] == "a|b"
-    empty = to_csv(rows([RECORD | {"dataset": "mine", "headline": ["loss"]}])).splitlines()[1]
-    assert empty == "mine,linear,loss,1.0,,a|b,120,3,1.5"
+    record = RECORD | {"dataset": "cats", "headline": ["loss"]}
+    empty = to_csv(rows({"mine": record})).splitlines()[1]
+    assert empty == "mine,cats,linear,loss,1.0,,a|b,120,3,1.5"
+
+
+def test_an_entry_is_called_as_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out in (".", "../" + tmp_path.name + "/", str(tmp_path)):
+        assert entry_name(pathlib.Path(out)) == tmp_path.name
 
 
 def test_files(tmp_path):
@@ -79,7 +91,7 @@ def test_files(tmp_path):
     assert read_record(out) is None
     write_record(out, RECORD)
     assert read_record(out) == RECORD
-    assert json.loads((out / "table.json").read_text()) == rows([RECORD])
+    assert json.loads((out / "table.json").read_text()) == rows({"out": RECORD})
     assert sorted(p.name for p in out.iterdir()) == [
         "result.json",
         "table.csv",

@@ -66,7 +66,7 @@ def test_every_entry_is_a_command_and_a_failure_stops_none(write, tmp_path):
         ("hf:c", [1], 8, cache),
     ]
     table = json.loads((tmp_path / "out" / "table.json").read_text())
-    assert [row["task"] for row in table] == ["knn", "linear"]
+    assert [(row["entry"], row["task"]) for row in table] == [("one", "knn"), ("two", "linear")]
     assert (tmp_path / "out" / "one" / "result.json").exists()
 
 
@@ -79,6 +79,16 @@ def test_again_only_what_failed_is_run(write):
     RUNS.clear()
     run_suite([*argv, "--only", "^one$", "--force"], find_task=stand_in)
     assert [votes for _, votes, _, _ in RUNS] == [[3, 4]]
+
+
+def test_the_result_of_another_request_is_not_in_the_table(write, tmp_path):
+    argv = write(ENTRIES)
+    run_suite(argv, find_task=stand_in)
+    argv = write(ENTRIES.replace("[3, 4]", "[5]"))
+    first, second = run_suite(argv, find_task=stand_in)
+    assert "holds the result of another request" in first and second.startswith("bad: ")
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [row["entry"] for row in table] == ["two"]
 
 
 def test_a_model_is_loaded_once_for_all_that_share_it(write, monkeypatch):

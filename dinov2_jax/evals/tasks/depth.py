@@ -7,7 +7,6 @@ of the public Monocular-Depth-Estimation-Toolbox).
 import argparse
 import dataclasses
 import functools
-import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,7 +137,7 @@ def run(run: Run) -> Result:
     )
     # Not where there are examples: of several processes one may have tested no image.
     if flags.charts:
-        title = f"Depth ({name}) of {pathlib.Path(run.data).name} by {run.model.name}"
+        title = f"Depth ({name}) of {run.dataset} by {run.model.name}"
         run.draw(lambda: {SHEET_FILE: depth_sheet(examples, title=title)})
     return Result(
         metrics={f"{metric}_{name}": errors[metric] for metric in DEPTH_METRICS},

@@ -77,7 +77,7 @@ def run(run: Run) -> Result:
     flags = run.flags
     read = _read_several if is_multi_label(run.data) else _read_single
     train, val, test, names, index = read(run)
-    metric = _metric(flags, is_multi=train.targets.ndim == 2, dataset=_dataset(flags))
+    metric = _metric(flags, is_multi=train.targets.ndim == 2, dataset=run.dataset)
     held_out = "val"
     if val is None:
         held_out = f"1 of {_HELD_OUT} of train"
@@ -167,10 +167,6 @@ def _features(run: Run, source) -> FeatureSet:
     """Class tokens of images whose short side is that of the crop: nothing but the ends is lost."""
     crop = run.flags.crop or run.model.spec.crop_size_px
     return run.features(source, resize_size_px=run.flags.resize or crop, crop_size_px=crop)
-
-
-def _dataset(flags: argparse.Namespace) -> str:
-    return flags.dataset or pathlib.Path(flags.data).name
 
 
 def _metric(flags: argparse.Namespace, *, is_multi: bool, dataset: str) -> str:

@@ -125,7 +125,7 @@ def run(run: Run) -> Result:
     metrics = segmentation_metrics(counts)
     # Not where there are examples: of several processes one may have tested no image.
     if flags.charts:
-        title = f"Segmentation ({name}) of {pathlib.Path(run.data).name} by {run.model.name}"
+        title = f"Segmentation ({name}) of {run.dataset} by {run.model.name}"
         run.draw(lambda: mask_sheets(examples, counts, test.class_names, title=title))
     return Result(
         metrics={f"{key}_{name}": value for key, value in metrics.items()},
