@@ -85,7 +85,7 @@ def make_parser(task: Task) -> argparse.ArgumentParser:
     )
     add("--cache", type=out_folder, help="folder of features, to share; default OUT/features")
     add("--blocks", type=positive, metavar="N", help="use the first N blocks of the model alone")
-    add("--seed", type=int, default=0, help="of every random choice (default 0)")
+    add("--seed", type=count, default=0, help="of every random choice (default 0)")
     add("--batch-size", type=positive, default=32, help="images at once on each device")
     add("--threads", type=positive, help="that decode; default: one a core, at most 16")
     add("--compute-dtype", choices=("float32", "bfloat16"), default="float32")

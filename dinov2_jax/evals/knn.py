@@ -95,7 +95,7 @@ def knn_ranking(
     return {k: np.concatenate(pieces) for k, pieces in ranked.items()}
 
 
-def few_shot_rows(labels: np.ndarray, *, shots: int, seed: int) -> np.ndarray:
+def few_shot_rows(labels: np.ndarray, *, shots: int, seed: int | Sequence[int]) -> np.ndarray:
     """Rows of a few images of every class, drawn without replacement.
 
     The reference draws by PyTorch's generator, which other libraries do not have: the law is the
@@ -104,7 +104,7 @@ def few_shot_rows(labels: np.ndarray, *, shots: int, seed: int) -> np.ndarray:
     Args:
       labels: integers `[rows]`.
       shots: of each class; a smaller class gives all that it has.
-      seed: of this try.
+      seed: of this draw.
     """
     rng = np.random.default_rng(seed)
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]

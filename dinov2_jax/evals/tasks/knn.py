@@ -47,7 +47,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="also with N images of each class alone, mean over the tries",
     )
     parser.add_argument(
-        "--tries", type=positive, default=1, help="draws of those images, seeds 0, 1, ..."
+        "--tries", type=positive, default=1, help="draws of those images, all by --seed"
     )
 
 
@@ -116,8 +116,8 @@ def _few_shot(
     """Means over the tries at every k up to `shots`; `top1` is that of the k with the best mean."""
     voters = _few_voters(flags.neighbors, shots)
     tries = []
-    for seed in range(flags.tries):
-        rows = few_shot_rows(bank_labels, shots=shots, seed=seed)
+    for number in range(flags.tries):
+        rows = few_shot_rows(bank_labels, shots=shots, seed=(number, flags.seed))
         ranked = rank(
             bank_features=bank_features[rows],
             bank_labels=bank_labels[rows],

@@ -81,7 +81,7 @@ def run(run: Run) -> Result:
     held_out = "val"
     if val is None:
         held_out = f"1 of {_HELD_OUT} of train"
-        rows = np.random.default_rng(0).permutation(len(train.targets))
+        rows = np.random.default_rng(run.seed).permutation(len(train.targets))
         count = len(rows) // _HELD_OUT
         if not count:
             raise DataError(f"train of {run.data} has {len(rows)} images; {_HELD_OUT} are needed")

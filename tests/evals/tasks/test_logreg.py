@@ -64,6 +64,10 @@ def test_a_tenth_of_train_where_there_is_no_val(arguments, colors, tmp_path):
     record = read(tmp_path)
     assert record["protocol"]["held_out"] == "1 of 10 of train"
     assert record["counts"]["train"] == 24 and record["counts"]["test"] == 12
+    sweep = tmp_path / "out" / "sweep.json"
+    first = json.loads(sweep.read_text())["request"]["data_sha256"]
+    assert main(["logreg", *arguments, "--split=val", "--seed=1", "--force"]) == 0
+    assert json.loads(sweep.read_text())["request"]["data_sha256"] != first  # another tenth
 
 
 def test_the_metric_of_a_data_set(arguments, tmp_path):
