@@ -5,6 +5,8 @@ the last block or of several. Behaviour follows `forward_features` and `get_inte
 of dinov2/models/vision_transformer.py (Apache-2.0).
 """
 
+import functools
+import hashlib
 import operator
 import os
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from dinov2_jax.convert import ModelSpec, read_model
 from dinov2_jax.models.attention import choose_implementation, default_implementation
 from dinov2_jax.models.vit import BackboneOutput
 from dinov2_jax.preprocess import ImageLike, preprocess
+from dinov2_jax.sharding import path_names
 
 UNEVEN = ("error", "pad", "crop")
 
@@ -71,6 +74,11 @@ class Model:
         self.params = jax.tree_util.tree_map_with_path(
             lambda path, x: jnp.asarray(x, dtype if path[-1].key == "kernel" else None), params
         )
+
+    @functools.cached_property
+    def weights_sha256(self) -> str:
+        """Of names, types, shapes and numbers of `params`, as the network uses them."""
+        return _sha256(self.params)
 
     def __repr__(self) -> str:
         return f"Model({self.spec.describe()})"
@@ -268,3 +276,13 @@ def load(
     spec, params = read_model(path, tree=tree, interpolation=interpolation, num_heads=num_heads)
     settings = dict(dtype=dtype, uneven=uneven, attention=attention)
     return Model(spec, params, **settings, name=os.fspath(source))
+
+
+def _sha256(params: Any) -> str:
+    digest = hashlib.sha256()
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    for path, leaf in leaves:
+        array = np.asarray(leaf)
+        digest.update(f"{'/'.join(path_names(path))} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()

@@ -16,7 +16,6 @@ from dinov2_jax.evals.networks import load_network
 from dinov2_jax.evals.paper import datasets
 from dinov2_jax.evals.results import entry_name, read_record, rows, to_markdown, write_record
 from dinov2_jax.evals.task import Run, Task
-from dinov2_jax.features.index import weights_sha256
 from dinov2_jax.model import Model
 
 # Of speed alone, or of where things lie: not part of what was asked for.
@@ -123,15 +122,14 @@ def run_task(flags: argparse.Namespace, *, model: Model | None = None) -> dict[s
     distributed.initialize(flags.distributed)
     say = print if distributed.is_primary() else lambda *_, **__: None
     model = model or load_model(flags)
-    sha256 = weights_sha256(model.params)
-    request = _request(flags, model, sha256)
+    request = _request(flags, model)
     # Together: one that came late would find what the primary had written meanwhile.
     record = distributed.together(lambda: None if flags.force else read_record(flags.out))
     if record is not None:
         _check_same(flags.out, record["request"], request)
         say(f"{flags.out} has this result already; --force makes it again")
     else:
-        record = _make(flags, model, sha256, request, say)
+        record = _make(flags, model, request, say)
         distributed.on_primary(lambda: write_record(flags.out, record))
     say(to_markdown(rows({entry_name(flags.out): record})), end="")
     return record
@@ -150,7 +148,7 @@ def load_model(flags: argparse.Namespace) -> Model:
     )
 
 
-def _make(flags, model: Model, sha256: str, request: dict[str, Any], say) -> dict[str, Any]:
+def _make(flags, model: Model, request: dict[str, Any], say) -> dict[str, Any]:
     started, cpu_started = time.perf_counter(), time.process_time()
     dataset = flags.dataset or os.path.basename(os.path.abspath(os.path.expanduser(flags.data)))
     result = flags.task.run(
@@ -176,7 +174,7 @@ def _make(flags, model: Model, sha256: str, request: dict[str, Any], say) -> dic
         "counts": dict(result.counts),
         "model": {
             "name": model.name + (f", {flags.blocks} blocks" if flags.blocks else ""),
-            "weights_sha256": sha256,
+            "weights_sha256": model.weights_sha256,
             "variant": model.spec.variant,
             "patch_size": model.spec.patch_size,
             "num_register_tokens": model.spec.num_register_tokens,
@@ -192,14 +190,14 @@ def _make(flags, model: Model, sha256: str, request: dict[str, Any], say) -> dic
     }
 
 
-def _request(flags: argparse.Namespace, model: Model, sha256: str) -> dict[str, Any]:
+def _request(flags: argparse.Namespace, model: Model) -> dict[str, Any]:
     asked = {
         name: value if isinstance(value, (int, float, bool, list, type(None))) else str(value)
         for name, value in vars(flags).items()
         if name not in _FREE_FLAGS and name != "model"
     }
     # Pixels of any patch size have the same weights, none: the record tells them apart.
-    network = {"network": model.spec.describe(), "weights_sha256": sha256}
+    network = {"network": model.spec.describe(), "weights_sha256": model.weights_sha256}
     return {"task": flags.task.name, **network, **asked}
 
 

@@ -11,7 +11,7 @@ from dinov2_jax import distributed
 from dinov2_jax.data.records import Source
 from dinov2_jax.data.sources import open_source
 from dinov2_jax.features.extract import extract
-from dinov2_jax.features.index import names_sha256, weights_sha256
+from dinov2_jax.features.index import names_sha256
 from dinov2_jax.features.outputs import Outputs, parse_what
 from dinov2_jax.features.read import FeatureSet, read
 from dinov2_jax.model import Model
@@ -53,7 +53,7 @@ def cached_features(
     source = source if isinstance(source, Source) else open_source(source)
     sizes = model.sizes(resize_size_px=resize_size_px, crop_size_px=crop_size_px, crop=crop)
     key = {
-        "weights": weights_sha256(model.params),
+        "weights": model.weights_sha256,
         "model": dataclasses.asdict(model.spec),
         "dtype": model.dtype.name,
         "uneven": model.uneven,

@@ -20,7 +20,6 @@ from dinov2_jax.data.records import Source
 from dinov2_jax.features.outputs import DTYPES, Outputs
 from dinov2_jax.features.table import StoreError
 from dinov2_jax.model import Model
-from dinov2_jax.sharding import path_names
 
 INDEX_FILE = "index.json"
 METADATA_KEY = "dinov2_jax.features"  # of the index in a safetensors file
@@ -77,7 +76,7 @@ def make_index(
         "compute_dtype": model.dtype.name,
         "model": {
             "name": model.name,
-            "weights_sha256": weights_sha256(model.params),
+            "weights_sha256": model.weights_sha256,
             "variant": model.spec.variant,
             **dataclasses.asdict(model.spec),
         },
@@ -162,14 +161,3 @@ def names_sha256(source: Source) -> str:
     chosen = np.unique(np.linspace(0, len(source) - 1, _NUM_SAMPLED_NAMES).astype(int))
     names = "\0".join(source.name(i) for i in chosen.tolist())
     return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def weights_sha256(params: Any) -> str:
-    """Of names, types, shapes and numbers of a tree of arrays, as the network uses them."""
-    digest = hashlib.sha256()
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    for path, leaf in leaves:
-        array = np.asarray(leaf)
-        digest.update(f"{'/'.join(path_names(path))} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    return digest.hexdigest()

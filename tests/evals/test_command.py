@@ -8,7 +8,7 @@ import sys
 import fsspec
 import pytest
 
-from dinov2_jax import distributed
+from dinov2_jax import distributed, model
 from dinov2_jax.config import REPOSITORY
 from dinov2_jax.evals import __main__ as program
 from dinov2_jax.evals.__main__ import find_task, main
@@ -151,6 +151,14 @@ def test_help(capsys):
         assert task.name == name
         parser = make_parser(task)
         assert task.layout in parser.format_help() and "--model" in parser.format_help()
+
+
+def test_weights_are_hashed_once(arguments, monkeypatch):
+    """Of two sets of features, each with an index of its own: of a large model it takes seconds."""
+    hashed, sha256 = [], model._sha256
+    monkeypatch.setattr(model, "_sha256", lambda params: hashed.append(1) or sha256(params))
+    assert main(arguments) == 0
+    assert hashed == [1]
 
 
 @pytest.mark.parametrize("data", [".", "./", "../{name}"])

@@ -12,9 +12,8 @@ from dinov2_jax.features.index import (
     differences,
     format_index,
     names_sha256,
-    weights_sha256,
 )
-from dinov2_jax.model import load
+from dinov2_jax.model import Model, load
 from tests.convert.models import make_params
 from tests.evals.stand_ins import ListSource
 
@@ -63,9 +62,9 @@ def test_names_tell_whether_images_came_went_or_moved():
 
 
 def test_one_weight_changes_the_hash_and_the_format_does_not(model, tmp_path):
-    found = weights_sha256(model.params)
+    found = model.weights_sha256
     write_model(tmp_path / "again", model.spec, make_params(model.spec), format="orbax")
-    assert weights_sha256(load(tmp_path / "again").params) == found
+    assert load(tmp_path / "again").weights_sha256 == found
     params = jax.tree.map(np.array, model.params)
     params["norm"]["bias"][3] += 1e-6
-    assert weights_sha256(params) != found
+    assert Model(model.spec, params).weights_sha256 != found

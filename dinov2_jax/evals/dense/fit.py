@@ -20,7 +20,6 @@ from dinov2_jax.evals.dense.feed import (
 )
 from dinov2_jax.evals.dense.heads import DenseHead, save_head
 from dinov2_jax.evals.dense.train import Training, train_head
-from dinov2_jax.features.index import weights_sha256
 from dinov2_jax.features.read import FeatureSet
 from dinov2_jax.model import Model
 
@@ -137,7 +136,7 @@ def fit_head(
         file=out / TRAINING_FILE,
         request={
             **request,
-            "weights_sha256": weights_sha256(model.params),
+            "weights_sha256": model.weights_sha256,
             "network": repr(model.spec),
             "compute_dtype": model.dtype.name,
             "images": len(dataset),

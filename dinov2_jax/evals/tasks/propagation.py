@@ -25,7 +25,6 @@ from dinov2_jax.evals.propagation import labels_from_mask, mask_from_labels, pro
 from dinov2_jax.evals.propagation_sheet import palette, propagation_sheet
 from dinov2_jax.evals.results import Result
 from dinov2_jax.evals.task import Run, Task
-from dinov2_jax.features.index import weights_sha256
 from dinov2_jax.progress import Display
 from dinov2_jax.storage import write_whole
 from dinov2_jax.visualize.sheets import Sheet
@@ -171,7 +170,7 @@ def _folder(run: Run, clip: Clip) -> pathlib.Path:
 def _key(run: Run, settings: dict[str, Any]) -> str:
     """Of all that decides the masks."""
     model = run.model
-    parts = [weights_sha256(model.params), repr(model.spec), model.dtype.name, str(run.data)]
+    parts = [model.weights_sha256, repr(model.spec), model.dtype.name, str(run.data)]
     text = json.dumps([*parts, run.flags.short_side, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
