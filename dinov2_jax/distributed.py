@@ -31,6 +31,8 @@ Result = TypeVar("Result")
 
 _MEETINGS = itertools.count()  # every meeting needs a name of its own
 _MEETING_SECS = 3600
+_FAILING_SECS = 60  # between the processes that fail in the same
+_LEAVING_SECS = 300  # between those that end; it is jax's own
 
 
 class HostError(RuntimeError):
@@ -88,7 +90,7 @@ def has_cloud_tpu() -> bool:
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def initialize(mode: str = "auto") -> None:
+def initialize(mode: str = "auto", *, leaving_secs: int = _LEAVING_SECS) -> None:
     """Joins the other processes of this run, if there are any. Before any other use of jax.
 
     Once joined, they stay so: a later call finds that and returns.
@@ -97,6 +99,8 @@ def initialize(mode: str = "auto") -> None:
       mode: "auto" joins where the environment says that there are others (Cloud TPU, SLURM,
         OpenMPI, an indexed Kubernetes Job, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
         JAX_PROCESS_ID); "on" must find them; "off" never looks.
+      leaving_secs: a process that ends waits so long for the others to end too, and then ends them:
+        one that has failed must not leave them waiting.
 
     Raises:
       HostError: they cannot be found or reached, or an unknown mode.
@@ -114,7 +118,7 @@ def initialize(mode: str = "auto") -> None:
             f"SLURM, OpenMPI, Kubernetes or on Cloud TPU, or set {ADDRESS}, {COUNT} and {INDEX}"
         )
     try:
-        jax.distributed.initialize(**arguments)
+        jax.distributed.initialize(**arguments, shutdown_timeout_seconds=leaving_secs)
     # Whatever the cluster's services raise: RuntimeError, ValueError, OSError, grpc's own.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -135,13 +139,35 @@ def meet(secs: int = _MEETING_SECS) -> None:
     By way of the coordinator: the first collective of some devices gives up after half a minute.
     """
     if jax.process_count() > 1:
-        from orbax.checkpoint import multihost
+        _wait_for_all(f"dinov2_jax meets {next(_MEETINGS)}", secs)
 
-        multihost.sync_global_processes(
-            f"dinov2_jax meets {next(_MEETINGS)}",
-            processes=set(range(jax.process_count())),
-            timeout=secs,
-        )
+
+def check_all_failed(what: str, error: Exception) -> None:
+    """Returns where every process has failed in the same: all may go on with something else.
+
+    Args:
+      what: it was; a name of its own.
+      error: of this process.
+
+    Raises:
+      HostError: another did not fail, and waits for this process: the run must end.
+    """
+    if jax.process_count() == 1:
+        return
+    try:
+        _wait_for_all(f"dinov2_jax fails {what}", _FAILING_SECS)
+    # Whatever the coordinator's client raises.
+    except Exception as timeout:
+        raise HostError(
+            f"{what} failed on process {jax.process_index()} and not on all: {error}"
+        ) from timeout
+
+
+def _wait_for_all(name: str, secs: int) -> None:
+    from orbax.checkpoint import multihost
+
+    everyone = set(range(jax.process_count()))
+    multihost.sync_global_processes(name, processes=everyone, timeout=secs)
 
 
 def together(action: Callable[[], Result]) -> Result:

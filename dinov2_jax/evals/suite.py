@@ -14,7 +14,7 @@ from typing import Any
 
 from dinov2_jax import distributed
 from dinov2_jax.config import ConfigError, run_file
-from dinov2_jax.evals.command import load_model, make_parser, out_folder, run_task
+from dinov2_jax.evals.command import LEAVING_SECS, load_model, make_parser, out_folder, run_task
 from dinov2_jax.evals.results import read_record, write_tables
 from dinov2_jax.evals.task import Task
 from dinov2_jax.model import Model
@@ -120,6 +120,7 @@ def run_suite(argv: Sequence[str], *, find_task: Callable[[str], Task]) -> list[
 
     Raises:
       ValueError, OSError: a wrong file or flag; the disk is full.
+      HostError: an entry failed on some processes and not on others.
     """
     flags, common = parse_suite(argv)
     entries, parsed = read_suite(flags.config), {}
@@ -134,7 +135,7 @@ def run_suite(argv: Sequence[str], *, find_task: Callable[[str], Task]) -> list[
     if not parsed:
         raise ConfigError(f"--only {flags.only} must match a name of {flags.config}; none does")
     # Before the model is loaded: processes cannot join each other once they use their devices.
-    distributed.initialize(next(iter(parsed.values())).distributed)
+    distributed.initialize(next(iter(parsed.values())).distributed, leaving_secs=LEAVING_SECS)
     say = print if distributed.is_primary() else lambda *_, **__: None
     models: dict[tuple, Model] = {}
     failures = {}
@@ -145,9 +146,10 @@ def run_suite(argv: Sequence[str], *, find_task: Callable[[str], Task]) -> list[
             if key not in models:
                 models = {key: load_model(entry_flags)}  # one at a time: they may be large
             run_task(entry_flags, model=models[key])
-        except (ValueError, OSError, ModuleNotFoundError) as error:
+        except (ValueError, OSError, ModuleNotFoundError, distributed.HostError) as error:
             if is_disk_full(error):
                 raise
+            distributed.check_all_failed(name, error)
             failures[name] = f"{name}: {' '.join(str(error).split())}"
             say(f"left out: {failures[name]}")
     # What lies in the folder of an entry that failed may be the result of another request.

@@ -4,6 +4,9 @@ import argparse
 import json
 import os
 import pathlib
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -146,7 +149,7 @@ def test_the_table_of_some_entries_keeps_the_others(write, tmp_path):
 def test_processes_join_before_jax_is_used(write, monkeypatch):
     order = []
     load = suite.load_model
-    monkeypatch.setattr(suite.distributed, "initialize", order.append)
+    monkeypatch.setattr(suite.distributed, "initialize", lambda mode, **_: order.append(mode))
     is_primary = suite.distributed.is_primary
     monkeypatch.setattr(
         suite.distributed, "is_primary", lambda: order.append("used") or is_primary()
@@ -165,6 +168,58 @@ def test_other_processes_than_the_first_say_and_write_nothing(write, tmp_path, c
     monkeypatch.setattr(suite.distributed, "is_primary", lambda: False)
     assert run_suite([*argv, "--only", "one"], find_task=stand_in) == []
     assert capsys.readouterr().out == "" and not (tmp_path / "out" / "table.json").exists()
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+from dinov2_jax import distributed
+from dinov2_jax.evals import __main__ as program, command, suite
+from tests.evals import test_suite
+
+distributed._FAILING_SECS = command.LEAVING_SECS = suite.LEAVING_SECS = 5
+
+def run(run):
+    if run.data.endswith("both") or run.data.endswith("alone") and jax.process_index():
+        raise ValueError("no such data")
+    distributed.meet()
+    return test_suite.run(run)
+
+def find_task(name):
+    return test_suite.Task(name, "", "anything", test_suite.add_flags, run)
+
+program.find_task = find_task
+sys.exit(program.main(["suite", *sys.argv[1:], "--distributed=on"]))
+"""
+
+
+def test_what_fails_on_one_process_alone_ends_all(write, tmp_path):
+    """What fails on both is left out; the other would wait for one that fails alone."""
+    argv = write('{x: {"task": "knn", "data": x} for x in ("both", "fine", "alone", "never")}')
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_PROCESSES": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, *argv],
+            env=environment | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        (first, _), (_, second) = (process.communicate(timeout=200) for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode for process in processes)
+    assert "left out: both: no such data" in first and "| fine | fine | knn | top1" in first
+    assert "[3/4] alone" in first and "never" not in first
+    assert "error: alone failed on process 1 and not on all: no such data\n" in second
+    assert (tmp_path / "out" / "fine" / "result.json").exists()
 
 
 def test_a_name_that_none_has(write):
