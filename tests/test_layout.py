@@ -43,6 +43,7 @@ LEVELS = (
         "progress",
         "teacher_file",
         "workdir",
+        "door",
         "feed",
         "rhythm",
     ),

@@ -9,40 +9,31 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from dinov2_jax.distributed import HostError
+from dinov2_jax.door import WRONG_INPUT, run_command
 from dinov2_jax.evals.command import make_parser, run_task
 from dinov2_jax.evals.suite import run_suite
 from dinov2_jax.evals.task import Task
 from dinov2_jax.evals.tasks import TASKS
-from dinov2_jax.workdir import is_disk_full
 
-DISK_FULL, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 SUITE = "suite"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; what is wrong is one line on stderr. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        if not argv or argv[0] in ("-h", "--help"):
-            print(_overview())
-            return 0
-        if argv[0] == SUITE:
-            failures = run_suite(argv[1:], find_task=find_task)
-            for failure in failures:
-                print(f"error: {failure}", file=sys.stderr)
-            return WRONG_INPUT if failures else 0
-        run_task(make_parser(find_task(argv[0])).parse_args(argv[1:]))
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return INTERRUPTED
-    except (ValueError, OSError, ModuleNotFoundError, HostError) as error:
-        text = " ".join(str(error).split())
-        if is_disk_full(error):
-            print(f"error: {text}; free space, and the same command goes on", file=sys.stderr)
-            return DISK_FULL
-        print(f"error: {text}", file=sys.stderr)
-        return WRONG_INPUT
+    return run_command(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if argv[0] == SUITE:
+        failures = run_suite(argv[1:], find_task=find_task)
+        for failure in failures:
+            print(f"error: {failure}", file=sys.stderr)
+        return WRONG_INPUT if failures else 0
+    run_task(make_parser(find_task(argv[0])).parse_args(argv[1:]))
     return 0
 
 

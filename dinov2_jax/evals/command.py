@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 from dinov2_jax import __version__, distributed
+from dinov2_jax.door import Parser
 from dinov2_jax.evals.networks import load_network
 from dinov2_jax.evals.paper import datasets
 from dinov2_jax.evals.results import entry_name, read_record, rows, to_markdown, write_record
@@ -24,11 +25,6 @@ LEAVING_SECS = 60
 _FREE_FLAGS = (
     *("task", "out", "cache", "batch_size", "threads", "force", "distributed", "save_every"),
 )
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}; --help shows the options")
 
 
 def positive(text: str) -> int:
@@ -61,7 +57,7 @@ def out_folder(text: str) -> pathlib.Path:
 
 def make_parser(task: Task) -> argparse.ArgumentParser:
     """The common flags and the task's own."""
-    parser = _Parser(
+    parser = Parser(
         prog=f"python -m dinov2_jax.evals {task.name}",
         description=task.summary,
         epilog=f"--data must hold: {task.layout}",

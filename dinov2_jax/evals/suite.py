@@ -14,6 +14,7 @@ from typing import Any
 
 from dinov2_jax import distributed
 from dinov2_jax.config import ConfigError, run_file
+from dinov2_jax.door import Parser
 from dinov2_jax.evals.command import LEAVING_SECS, load_model, make_parser, out_folder, run_task
 from dinov2_jax.evals.results import read_record, write_tables
 from dinov2_jax.evals.task import Task
@@ -25,14 +26,9 @@ _MODEL_FLAGS = ("model", "blocks", "seed", "tree", "compute_dtype", "interpolati
 _OWN = ("task", "data")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}; --help shows the options")
-
-
 def parse_suite(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The suite's own flags, and those that every entry gets."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m dinov2_jax.evals suite",
         description="Runs every entry of a file; the same command again goes on.",
         epilog="All other flags, such as --batch-size, --blocks or --distributed, are those of the "

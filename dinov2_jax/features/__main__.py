@@ -12,23 +12,17 @@ from collections.abc import Sequence
 import jax
 
 from dinov2_jax import distributed
+from dinov2_jax.door import Parser, run_command
 from dinov2_jax.features.extract import extract
 from dinov2_jax.features.outputs import DTYPES
 from dinov2_jax.model import load
-from dinov2_jax.workdir import is_disk_full
 
 _LONGEST_RUN_SECS = 30 * 24 * 3600
-DISK_FULL, WRONG_INPUT, INTERRUPTED = 1, 2, 130
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}; --help shows the options")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m dinov2_jax.features",
         description="Writes features of images; the same command again goes on where it was.",
         allow_abbrev=False,
@@ -86,23 +80,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; what is wrong is one line on stderr. Returns the exit code."""
-    try:
-        run(make_parser().parse_args(argv))
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return INTERRUPTED
-    except (ValueError, OSError, ModuleNotFoundError, distributed.HostError) as error:
-        text = " ".join(str(error).split())
-        if is_disk_full(error):
-            print(f"error: {text}; free space, and the same command goes on", file=sys.stderr)
-            return DISK_FULL
-        print(f"error: {text}", file=sys.stderr)
-        return WRONG_INPUT
-    return 0
+    return run_command(lambda: run(make_parser().parse_args(argv)))
 
 
-def run(flags: argparse.Namespace) -> None:
-    """Loads, extracts, and says what came of it."""
+def run(flags: argparse.Namespace) -> int:
+    """Loads, extracts, and says what came of it. Returns 0."""
     if flags.process_index is None and flags.process_count is None:
         distributed.initialize(flags.distributed)
         if jax.process_count() > 1:  # jax has taken SIGTERM over, for runs that save first
@@ -145,6 +127,7 @@ def run(flags: argparse.Namespace) -> None:
         print(f"{flags.out} is complete; dinov2_jax.features.read opens it")
     else:
         print(f"{flags.out}: this process is done; others have shards to write")
+    return 0
 
 
 if __name__ == "__main__":

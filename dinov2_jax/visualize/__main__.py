@@ -15,6 +15,7 @@ import numpy as np
 from dinov2_jax.data.folder import FileSource
 from dinov2_jax.data.image_ops import resize_center_crop
 from dinov2_jax.data.records import Source
+from dinov2_jax.door import INTERRUPTED, WRONG_INPUT, Parser
 from dinov2_jax.features.extractor import FeatureExtractor
 from dinov2_jax.model import Model, load
 from dinov2_jax.preprocess import resize, resize_to_patches
@@ -22,14 +23,8 @@ from dinov2_jax.visualize import attention, matches, neighbors, pca, sheets
 from dinov2_jax.visualize.patches import check_size, patch_grids
 from dinov2_jax.visualize.photos import Photo, PhotoReader, open_images, spaced_rows
 
-WRONG_INPUT, INTERRUPTED = 2, 130
 PATCHES_A_SIDE = 32  # of the short side: 448 px for patches of 14
 BATCH_SIZE = 16
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}; --help shows the options")
 
 
 def _positive(text: str) -> int:
@@ -40,7 +35,7 @@ def _positive(text: str) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The commands and their flags."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m dinov2_jax.visualize",
         description="Draws what a model makes of images, as one PNG or one HTML file.",
         allow_abbrev=False,

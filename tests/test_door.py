@@ -1,0 +1,40 @@
+"""Commands end with a code and one line, whatever went wrong with their input."""
+
+import errno
+
+import pytest
+
+from dinov2_jax.distributed import HostError
+from dinov2_jax.door import Parser, run_command
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("a\n  b"), 2, "error: a b"),
+        (FileNotFoundError(errno.ENOENT, "gone", "x"), 2, "error: [Errno 2] gone: 'x'"),
+        (ModuleNotFoundError("no av"), 2, "error: no av"),
+        (HostError("alone"), 2, "error: alone"),
+        (OSError(errno.ENOSPC, "full"), 1, "error: [Errno 28] full; free space, and the same"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+    ],
+)
+def test_what_is_wrong_is_one_line(capsys, error, code, line):
+    def fail():
+        raise error
+
+    assert run_command(fail) == code
+    said = capsys.readouterr().err
+    assert said.startswith(line) and said.count("\n") == 1
+
+
+def test_what_is_right_or_a_mistake_of_ours(capsys):
+    assert run_command(lambda: 7) == 7
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 / 0)
+
+
+def test_wrong_flags_are_errors_and_no_exit():
+    with pytest.raises(ValueError, match=r"unrecognized arguments: --x; --help shows the options"):
+        Parser().parse_args(["--x"])
