@@ -1,6 +1,7 @@
-"""What commands share that go on where they were: errors of one line, and exit codes."""
+"""What commands share: numbers as flags, errors of one line, and exit codes."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 
@@ -17,8 +18,29 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help shows the options")
 
 
+def positive(text: str) -> int:
+    """A flag's type: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
+    return int(text)
+
+
+def positive_number(text: str) -> float:
+    """A flag's type: a number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
+    return float(text)
+
+
+def count(text: str) -> int:
+    """A flag's type: a whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 0")
+    return int(text)
+
+
 def run_command(action: Callable[[], int]) -> int:
-    """Runs a command; what is wrong with its input is one line on stderr.
+    """Runs a command that goes on where it was; what is wrong with its input is one line on stderr.
 
     Returns:
       The exit code: the action's own, `DISK_FULL`, `WRONG_INPUT`, or after Ctrl-C `INTERRUPTED`.

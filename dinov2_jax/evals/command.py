@@ -4,7 +4,6 @@ A result that is there already, made by the same request, is shown and not made 
 """
 
 import argparse
-import math
 import os
 import pathlib
 import resource
@@ -12,7 +11,7 @@ import time
 from typing import Any
 
 from dinov2_jax import __version__, distributed
-from dinov2_jax.door import Parser
+from dinov2_jax.door import Parser, count, positive
 from dinov2_jax.evals.networks import load_network
 from dinov2_jax.evals.paper import datasets
 from dinov2_jax.evals.results import entry_name, read_record, rows, to_markdown, write_record
@@ -25,27 +24,6 @@ LEAVING_SECS = 60
 _FREE_FLAGS = (
     *("task", "out", "cache", "batch_size", "threads", "force", "distributed", "save_every"),
 )
-
-
-def positive(text: str) -> int:
-    """A flag's type: a whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
-    return int(text)
-
-
-def positive_number(text: str) -> float:
-    """A flag's type: a number above 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
-    return float(text)
-
-
-def count(text: str) -> int:
-    """A flag's type: a whole number from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 0")
-    return int(text)
 
 
 def out_folder(text: str) -> pathlib.Path:

@@ -10,6 +10,7 @@ import numpy as np
 from dinov2_jax.data.files import DISK, Store
 from dinov2_jax.data.records import DataError, Source
 from dinov2_jax.data.sources import open_source
+from dinov2_jax.door import positive
 
 LAYOUT = (
     "a folder with train/ and val/ (or test/), each with a folder of images per class; or "
@@ -103,12 +104,19 @@ def add_crop_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="tested; default: val or validation, or test where there is neither",
     )
-    parser.add_argument(
-        "--resize", type=int, metavar="PX", help="short side; default: the model's (256)"
-    )
-    parser.add_argument(
-        "--crop", type=int, metavar="PX", help="side of the centred crop; default: the model's"
-    )
+    add_size_flags(parser)
+
+
+def add_size_flags(parser: argparse.ArgumentParser) -> None:
+    """The size of whole images; `crop_sizes` reads it."""
+    add = parser.add_argument
+    add("--resize", type=positive, metavar="PX", help="short side; default: the model's (256)")
+    add("--crop", type=positive, metavar="PX", help="centred crop; default: the model's (224)")
+
+
+def crop_sizes(flags: argparse.Namespace) -> dict[str, int | None]:
+    """Of `add_size_flags`, as `Run.features` takes them."""
+    return {"resize_size_px": flags.resize, "crop_size_px": flags.crop}
 
 
 def tested(flags: argparse.Namespace) -> tuple[str, ...]:

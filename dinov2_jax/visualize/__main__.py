@@ -15,7 +15,7 @@ import numpy as np
 from dinov2_jax.data.folder import FileSource
 from dinov2_jax.data.image_ops import resize_center_crop
 from dinov2_jax.data.records import Source
-from dinov2_jax.door import INTERRUPTED, WRONG_INPUT, Parser
+from dinov2_jax.door import INTERRUPTED, WRONG_INPUT, Parser, positive
 from dinov2_jax.features.extractor import FeatureExtractor
 from dinov2_jax.model import Model, load
 from dinov2_jax.preprocess import resize, resize_to_patches
@@ -25,12 +25,6 @@ from dinov2_jax.visualize.photos import Photo, PhotoReader, open_images, spaced_
 
 PATCHES_A_SIDE = 32  # of the short side: 448 px for patches of 14
 BATCH_SIZE = 16
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
-    return int(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -54,18 +48,18 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--out", default=f"{name}.png", help="a .png or .html file, replaced if it is there"
         )
-        sub.add_argument("--tile-px", type=_positive, default=tile_px, help="width of a picture")
+        sub.add_argument("--tile-px", type=positive, default=tile_px, help="width of a picture")
         if max_images:
             more = "of more, evenly spaced ones are taken"
             sub.add_argument(
-                "--max-images", type=_positive, default=max_images, help=f"{max_images}; {more}"
+                "--max-images", type=positive, default=max_images, help=f"{max_images}; {more}"
             )
         return sub
 
     def see_patches(sub):
         sub.add_argument(
             "--size-px",
-            type=_positive,
+            type=positive,
             help=f"short side; default: {PATCHES_A_SIDE} patches. Sides become multiples of these",
         )
         sub.add_argument(
@@ -95,12 +89,12 @@ def make_parser() -> argparse.ArgumentParser:
         "neighbors", draw_neighbors, about="The most similar images.", tile_px=160, max_images=8
     )
     sub.add_argument("--gallery", help="where neighbours are looked for; default: all IMAGES")
-    sub.add_argument("--num-neighbors", type=_positive, default=6)
-    sub.add_argument("--crop-size-px", type=_positive, help="default: what the model records")
+    sub.add_argument("--num-neighbors", type=positive, default=6)
+    sub.add_argument("--crop-size-px", type=positive, help="default: what the model records")
     sub = command("matches", draw_matches, about="Patches of two images.", tile_px=560)
     see_patches(sub)
     cut_background(sub, default=False)
-    sub.add_argument("--num-matches", type=_positive, default=40, help="the most similar ones")
+    sub.add_argument("--num-matches", type=positive, default=40, help="the most similar ones")
     return parser
 
 

@@ -12,7 +12,7 @@ from dinov2_jax import distributed, model
 from dinov2_jax.config import REPOSITORY
 from dinov2_jax.evals import __main__ as program
 from dinov2_jax.evals.__main__ import find_task, main
-from dinov2_jax.evals.command import make_parser, positive
+from dinov2_jax.evals.command import make_parser
 from dinov2_jax.evals.tasks import TASKS, knn
 from tests.evals.conftest import write_images
 
@@ -111,6 +111,9 @@ def test_layouts_that_are_wrong(arguments, tmp_path, capsys):
         (["knn"], "the following arguments are required: --model, --data, --out; --help"),
         (["knn", "--batch-size=x"], "'x' must be a whole number, at least 1"),
         (["knn", "--model=a", "--data=b", "--out=c", "--distributed=on"], "nothing says where the"),
+        (["knn", "--crop=0"], "'0' must be a whole number, at least 1"),
+        (["video", "--resize=x"], "'x' must be a whole number, at least 1"),
+        (["knn", "--seed=-1"], "'-1' must be a whole number, at least 0"),
         (["knn", "--neighbors=0"], "'0' must be a whole number, at least 1"),
         (["knn", "--out=gs://b/o"], "'gs://b/o' must be a folder of a disk, not a URL"),
         (["suite", "--out=gs://b/o"], "'gs://b/o' must be a folder of a disk, not a URL"),
@@ -166,10 +169,6 @@ def test_a_data_set_is_called_as_its_folder(arguments, colors, tmp_path, monkeyp
     monkeypatch.chdir(colors)
     assert main([*arguments, f"--data={data.format(name=colors.name)}"]) == 0
     assert json.loads((tmp_path / "out" / "result.json").read_text())["dataset"] == colors.name
-
-
-def test_numbers():
-    assert positive("12") == 12
 
 
 def test_a_full_disk_and_ctrl_c(arguments, capsys, monkeypatch):

@@ -15,7 +15,6 @@ import numpy as np
 from dinov2_jax.convert.safetensors_file import open_safetensors
 from dinov2_jax.convert.torch_file import read_torch
 from dinov2_jax.data.records import DataError
-from dinov2_jax.evals.command import positive
 from dinov2_jax.evals.fairness import (
     associated,
     describe_gap,
@@ -37,7 +36,7 @@ from dinov2_jax.evals.probe_fit import (
 )
 from dinov2_jax.evals.results import Result
 from dinov2_jax.evals.scores import top_classes
-from dinov2_jax.evals.splits import image_sizes, labels_like, open_split
+from dinov2_jax.evals.splits import add_size_flags, crop_sizes, image_sizes, labels_like, open_split
 from dinov2_jax.evals.task import Run, Task, require_labels
 
 RANKS = 5
@@ -71,8 +70,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--group-by", nargs="+", default=[], metavar="COLUMN", help="further groups")
     add("--by-household", action="store_true", help="each household counts once in its group")
     add("--least-probability", type=float, default=0.1, help="of a class with an association")
-    add("--resize", type=positive, metavar="PX", help="short side; default: the model's (256)")
-    add("--crop", type=positive, metavar="PX", help="centred crop; default: the model's (224)")
+    add_size_flags(parser)
     add_probe_flags(parser)
 
 
@@ -92,7 +90,7 @@ def run(run: Run) -> Result:
         raise ValueError(
             f"--by-household: {run.data} has no column household; name it by --columns"
         )
-    sizes = {"resize_size_px": flags.resize, "crop_size_px": flags.crop}
+    sizes = crop_sizes(flags)
     what = probe_what(run)
     features = run.features(open_exactly(people.images, at=run.data), what=what, **sizes)
     if flags.train:

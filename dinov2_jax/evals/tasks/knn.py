@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from dinov2_jax.door import positive
 from dinov2_jax.evals.classes import report_classes
-from dinov2_jax.evals.command import positive
 from dinov2_jax.evals.knn import few_shot_rows, knn_ranking
 from dinov2_jax.evals.results import Result
 from dinov2_jax.evals.scores import top_k_accuracy
@@ -16,6 +16,7 @@ from dinov2_jax.evals.search import search
 from dinov2_jax.evals.splits import (
     LAYOUT,
     add_crop_flags,
+    crop_sizes,
     image_sizes,
     labels_like,
     open_split,
@@ -54,7 +55,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(run: Run) -> Result:
     """Every k at once, of all images and of a few."""
     flags = run.flags
-    sizes = {"resize_size_px": flags.resize, "crop_size_px": flags.crop}
+    sizes = crop_sizes(flags)
     bank = run.features(open_split(run.data, ("train",)), **sizes)
     queries = run.features(open_split(run.data, tested(flags)), **sizes)
     bank_labels = require_labels(bank, at=f"train of {run.data}", layout=LAYOUT)

@@ -37,6 +37,7 @@ from dinov2_jax.evals.scores import ALEXNET_ERROR, top_classes, top_k_accuracy
 from dinov2_jax.evals.splits import (
     LAYOUT,
     add_crop_flags,
+    crop_sizes,
     image_sizes,
     labels_like,
     open_split,
@@ -81,12 +82,7 @@ def run(run: Run) -> Result:
     further = parse_sets(flags.test, flags.classes, data=run.data)
     alexnet = _alexnet_errors(flags.alexnet_errors, data=run.data)
     probe_rates(flags)  # wrong ones are known before any work
-    embed = functools.partial(
-        run.features,
-        what=probe_what(run),
-        resize_size_px=flags.resize,
-        crop_size_px=flags.crop,
-    )
+    embed = functools.partial(run.features, what=probe_what(run), **crop_sizes(flags))
     train = open_split(run.data, ("train",))
     names = train.label_names
     require_classes(len(names), at=f"train of {run.data}", layout=LAYOUT)
@@ -135,12 +131,12 @@ def _trained_on(run: Run, train: Source, embed) -> tuple[dict[str, Any], int]:
         features = embed(train)
         labels = require_labels(features, at=f"train of {run.data}", layout=LAYOUT)
         return {"train": features, "train_labels": labels}, len(features)
-    sizes = dict(resize_size_px=flags.resize, crop_size_px=flags.crop, crop=True)
+    sizes = run.model.sizes(**crop_sizes(flags), crop=True)
     batches = AugmentedBatches(
         run.model,
         train,
         num_layers=max(probe_layers(run)),
-        crop_size_px=run.model.sizes(**sizes)["crop_size_px"],
+        crop_size_px=sizes["crop_size_px"],
         per_device_batch_size=run.batch_size,
         num_threads=run.num_threads or min(os.cpu_count() or 1, 16),
         seed=run.seed,

@@ -8,13 +8,13 @@ import argparse
 
 import numpy as np
 
+from dinov2_jax.door import positive
 from dinov2_jax.evals.classes import report_classes
-from dinov2_jax.evals.command import positive
 from dinov2_jax.evals.pooled_frames import POOLINGS, pool_frames
 from dinov2_jax.evals.probe_fit import add_probe_flags, fit_probe, probe_what
 from dinov2_jax.evals.results import Result
 from dinov2_jax.evals.scores import top_classes, top_k_accuracy
-from dinov2_jax.evals.splits import image_sizes
+from dinov2_jax.evals.splits import add_size_flags, crop_sizes, image_sizes
 from dinov2_jax.evals.task import Run, Task
 from dinov2_jax.evals.video_frames import VideoFrames
 from dinov2_jax.evals.video_sets import LAYOUT, VideoSplit, open_videos
@@ -29,8 +29,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         choices=POOLINGS,
         help="of their features; default: concat for Something-Something, else mean",
     )
-    add("--resize", type=positive, metavar="PX", help="short side; default: the model's (256)")
-    add("--crop", type=positive, metavar="PX", help="centred crop; default: the model's (224)")
+    add_size_flags(parser)
     add("--ucf-split", type=int, choices=(1, 2, 3), default=1, help="of UCF-101's three")
     add_probe_flags(parser)
 
@@ -47,9 +46,7 @@ def run(run: Run) -> Result:
             run.say(f"{name}: {split.num_missing:,} videos of the list are not there: left out")
         path = f"{run.data}, {name}, {flags.frames} frames"
         source = VideoFrames(split.paths, frames_per_video=flags.frames, path=path)
-        frames = run.features(
-            source, what=what, resize_size_px=flags.resize, crop_size_px=flags.crop
-        )
+        frames = run.features(source, what=what, **crop_sizes(flags))
         return pool_frames(frames, split.labels, frames_per_video=flags.frames, pooling=pooling)
 
     train, train_labels = features(videos.train, "train")
