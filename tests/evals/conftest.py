@@ -1,6 +1,8 @@
 """A tiny network in memory and as a file, and labelled folders of images of three colours."""
 
+import json
 import pathlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +37,17 @@ def colors(tmp_path_factory) -> pathlib.Path:
     for split, count in NUM_IMAGES.items():
         write_images(folder / split, count=count, seed=len(split))
     return folder
+
+
+@pytest.fixture
+def arguments(cache, model_path, colors, tmp_path) -> list[str]:
+    """Of a task on these images; its results go to `tmp_path / "out"`, see `read`."""
+    return ["--model", str(model_path), "--data", str(colors), "--out", str(tmp_path / "out")]
+
+
+def read(tmp_path: pathlib.Path) -> dict[str, Any]:
+    """The record that a task has written."""
+    return json.loads((tmp_path / "out" / "result.json").read_text())
 
 
 def write_images(folder: pathlib.Path, *, count: int, seed: int, classes=tuple(COLORS)) -> None:

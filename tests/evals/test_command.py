@@ -14,13 +14,12 @@ from dinov2_jax.evals import __main__ as program
 from dinov2_jax.evals.__main__ import find_task, main
 from dinov2_jax.evals.command import make_parser
 from dinov2_jax.evals.tasks import TASKS, knn
-from tests.evals.conftest import write_images
+from tests.evals.conftest import read, write_images
 
 
 @pytest.fixture
-def arguments(cache, model_path, colors, tmp_path):
-    paths = ["--model", str(model_path), "--data", str(colors), "--out", str(tmp_path / "out")]
-    return ["knn", *paths, "--neighbors", "1", "3"]
+def arguments(arguments):
+    return ["knn", *arguments, "--neighbors", "1", "3"]
 
 
 def test_a_result_that_is_there_is_shown_and_not_made_again(
@@ -29,7 +28,7 @@ def test_a_result_that_is_there_is_shown_and_not_made_again(
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "24 images in 3 classes from folder" in said
-    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    record = read(tmp_path)
     assert record["request"]["neighbors"] == [1, 3] and record["seed"] == 0
     assert record["model"]["weights_sha256"] and record["peak_rss_mib"] > 0
     assert record["cpu_seconds"] >= 0
@@ -168,7 +167,7 @@ def test_weights_are_hashed_once(arguments, monkeypatch):
 def test_a_data_set_is_called_as_its_folder(arguments, colors, tmp_path, monkeypatch, data):
     monkeypatch.chdir(colors)
     assert main([*arguments, f"--data={data.format(name=colors.name)}"]) == 0
-    assert json.loads((tmp_path / "out" / "result.json").read_text())["dataset"] == colors.name
+    assert read(tmp_path)["dataset"] == colors.name
 
 
 def test_a_full_disk_and_ctrl_c(arguments, capsys, monkeypatch):

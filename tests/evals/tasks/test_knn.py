@@ -1,22 +1,12 @@
 """The k-NN task from the command line, against the functions below it."""
 
-import json
-
 import numpy as np
 import pytest
 
 from dinov2_jax.evals.__main__ import main
 from dinov2_jax.evals.feature_cache import cached_features
 from dinov2_jax.evals.knn import few_shot_rows, knn_accuracy
-
-
-@pytest.fixture
-def arguments(cache, model_path, colors, tmp_path):
-    return ["--model", str(model_path), "--data", str(colors), "--out", str(tmp_path / "out")]
-
-
-def read(tmp_path):
-    return json.loads((tmp_path / "out" / "result.json").read_text())
+from tests.evals.conftest import read
 
 
 @pytest.mark.parametrize("seed", [0, 5])

@@ -11,18 +11,9 @@ from dinov2_jax.evals import probe_training
 from dinov2_jax.evals.__main__ import main
 from dinov2_jax.evals.feature_cache import cached_features
 from dinov2_jax.evals.probe_batches import probe_features
-from tests.evals.conftest import write_images
+from tests.evals.conftest import read, write_images
 
 FAST = "--iterations 40 --probe-batch-size 8 --save-every 10 --lrs 0.001 0.05 --layers 1 3".split()
-
-
-@pytest.fixture
-def arguments(cache, model_path, colors, tmp_path):
-    return ["--model", str(model_path), "--data", str(colors), "--out", str(tmp_path / "out")]
-
-
-def read(tmp_path):
-    return json.loads((tmp_path / "out" / "result.json").read_text())
 
 
 def test_the_best_of_the_grid(arguments, colors, model, tmp_path, capsys):

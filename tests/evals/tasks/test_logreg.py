@@ -10,22 +10,14 @@ from dinov2_jax.evals.__main__ import main
 from dinov2_jax.evals.feature_cache import cached_features
 from dinov2_jax.evals.logistic import C_GRID
 from dinov2_jax.evals.tasks import logreg
+from tests.evals.conftest import read
 
 GRID = tuple(C_GRID[i] for i in (8, 20, 30))
-
-
-@pytest.fixture
-def arguments(cache, model_path, colors, tmp_path):
-    return ["--model", str(model_path), "--data", str(colors), "--out", str(tmp_path / "out")]
 
 
 @pytest.fixture(autouse=True)
 def small_grid(monkeypatch):
     monkeypatch.setattr(logreg, "C_GRID", GRID)
-
-
-def read(tmp_path):
-    return json.loads((tmp_path / "out" / "result.json").read_text())
 
 
 def test_choice_and_refit_are_scikit_learns(arguments, model, colors, tmp_path, monkeypatch):
