@@ -9,7 +9,6 @@ from PIL import Image
 from dinov2_jax.evals import search
 from dinov2_jax.evals.__main__ import main
 from dinov2_jax.evals.fitted import Fit, FittedSource, cut_box, open_exactly, pad_to_square
-from dinov2_jax.evals.whitening import whitened
 
 
 def blobs(seed: int, height: int, width: int) -> np.ndarray:
@@ -154,17 +153,3 @@ def test_native_sides_are_whole_patches(tmp_path):
     np.testing.assert_array_equal(cut_box(np.arange(24).reshape(4, 6, 1), (1, 2, 3, 4))[0, 0], [13])
     with pytest.raises(ValueError, match=r"box \[0, 0, 7, 2\] does not lie in its 6 x 4 px"):
         cut_box(np.zeros((4, 6, 1)), (0, 0, 7, 2))
-
-
-def test_whitened_cosines_are_those_of_mahalanobis():
-    rng = np.random.default_rng(0)
-    database = rng.standard_normal((400, 5)) * [5, 3, 1, 1, 0.1]
-    found, other = whitened(5, database, 7 * database[:3])
-    np.testing.assert_allclose(found[:3], other, rtol=1e-5)
-    unit = database / np.linalg.norm(database, axis=1, keepdims=True)
-    unit -= unit.mean(axis=0)
-    inner = unit @ np.linalg.inv(np.cov(unit, rowvar=False)) @ unit.T
-    expected = inner / np.sqrt(np.outer(np.diag(inner), np.diag(inner)))
-    np.testing.assert_allclose(found @ found.T, expected, atol=1e-4)
-    assert whitened(2, database)[0].shape == (400, 2)
-    assert whitened(None, database)[0] is database
