@@ -13,15 +13,6 @@ _MAX_HALVINGS = 20
 ValueAndGradient = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
-class Minimum(NamedTuple):
-    """Where the problems ended."""
-
-    x: jax.Array  # [problems, p]
-    value: jax.Array  # [problems]
-    gradient: jax.Array  # [problems]: its largest entry
-    iterations: jax.Array  # int32 [problems]
-
-
 class _Point(NamedTuple):
     x: jax.Array
     value: jax.Array
@@ -37,27 +28,64 @@ class _History(NamedTuple):
     scale: jax.Array  # [problems]
 
 
+class State(NamedTuple):
+    """Where the problems stand, and all that going on needs."""
+
+    point: _Point
+    history: _History
+    gradient: jax.Array  # [problems]: its largest entry
+    is_done: jax.Array  # bool [problems]
+    iterations: jax.Array  # int32 [problems]
+
+    @property
+    def x(self) -> jax.Array:
+        """`[problems, p]`."""
+        return self.point.x
+
+
 def minimize(
     value_and_gradient: ValueAndGradient,
-    start: jax.Array,
+    start: jax.Array | State,
     *,
-    max_iterations: int,
+    max_iterations: int | jax.Array,
     tolerance: float,
     memory: int = 10,
-) -> Minimum:
+) -> State:
     """Minimises every problem until no entry of its gradient exceeds the tolerance.
 
     One that cannot be lowered any more in the precision of its type ends too.
 
     Args:
       value_and_gradient: of convex functions.
-      start: `[problems, p]`.
-      max_iterations: of each problem.
+      start: `[problems, p]`; or where an earlier call has ended, from which this one goes on.
+      max_iterations: of each problem, in this call.
       tolerance: see above.
       memory: pairs kept.
 
     References: Nocedal and Wright, Numerical Optimization, algorithms 7.4 and 7.5.
     """
+    if not isinstance(start, State):
+        start = _begin(value_and_gradient, start, tolerance, memory)
+
+    def goes_on(state_and_count):
+        state, count = state_and_count
+        return (count < max_iterations) & ~state.is_done.all()
+
+    def iterate(state_and_count):
+        (point, history, _, is_done, iterations), count = state_and_count
+        direction = _direction(point.gradient, history)
+        new, found = _search(value_and_gradient, point, direction, is_done)
+        gradient = _largest(new.gradient)
+        is_done_now = is_done | ~found | (gradient <= tolerance)
+        history = _remember(history, new.x - point.x, new.gradient - point.gradient)
+        return State(new, history, gradient, is_done_now, iterations + ~is_done), count + 1
+
+    return jax.lax.while_loop(goes_on, iterate, (start, 0))[0]
+
+
+def _begin(
+    value_and_gradient: ValueAndGradient, start: jax.Array, tolerance: float, memory: int
+) -> State:
     num_problems, num_params = start.shape
     point = _Point(start, *value_and_gradient(start))
     no_pairs = jnp.zeros((memory, num_problems, num_params), start.dtype)
@@ -67,23 +95,9 @@ def minimize(
         jnp.zeros((memory, num_problems), start.dtype),
         1 / jnp.maximum(1, jnp.sqrt(_dot(point.gradient, point.gradient))),
     )
-
-    def goes_on(state):
-        _, _, is_done, _, count = state
-        return (count < max_iterations) & ~is_done.all()
-
-    def iterate(state):
-        point, history, is_done, iterations, count = state
-        direction = _direction(point.gradient, history)
-        new, found = _search(value_and_gradient, point, direction, is_done)
-        is_done_now = is_done | ~found | (_largest(new.gradient) <= tolerance)
-        history = _remember(history, new.x - point.x, new.gradient - point.gradient)
-        return new, history, is_done_now, iterations + ~is_done, count + 1
-
-    is_done = _largest(point.gradient) <= tolerance
-    first = (point, history, is_done, jnp.zeros(num_problems, jnp.int32), 0)
-    point, _, _, iterations, _ = jax.lax.while_loop(goes_on, iterate, first)
-    return Minimum(point.x, point.value, _largest(point.gradient), iterations)
+    gradient = _largest(point.gradient)
+    iterations = jnp.zeros(num_problems, jnp.int32)
+    return State(point, history, gradient, gradient <= tolerance, iterations)
 
 
 def _direction(gradient: jax.Array, history: _History) -> jax.Array:

@@ -6,7 +6,8 @@ In: features `[n, d]` and targets: class numbers `[n]` (softmax; of two classes 
 scikit-learn and cuML), or `[n, c]` of 1, 0 and -1 (a sigmoid for each class; -1 does not count).
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dinov2_jax.evals.lbfgs import minimize
+from dinov2_jax.progress import format_secs
 
 # The protocol's 45 values (SimCLR's; dinov2/eval/log_regression.py).
 C_GRID = tuple(float(x) for x in 10.0 ** np.linspace(-6, 5, 45))
@@ -24,6 +26,7 @@ _BYTES_AT_ONCE = 2 * 2**30
 # Small values of C need a tenth of the iterations of large ones: they must not wait for them.
 _MAX_AT_ONCE = 9
 _MEMORY = 10
+_ITERATIONS_AT_ONCE = 25  # between two words of how far it is
 
 
 class Classifier(NamedTuple):
@@ -56,6 +59,7 @@ def fit_grid(
     num_classes: int,
     dtype: str = "float64",
     max_iterations: int = MAX_ITERATIONS,
+    on_progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Fitted]:
     """Fits every C, several at once: nine, if 2 GiB hold them.
 
@@ -70,6 +74,7 @@ def fit_grid(
       num_classes: c.
       dtype: "float64", or "float32" where the device has no other.
       max_iterations: of L-BFGS.
+      on_progress: called now and then, with how far the solver is and what may be left, in words.
 
     Yields:
       In the order of the grid.
@@ -96,27 +101,40 @@ def fit_grid(
         for start in range(0, len(grid), size):
             part = list(grid[start : start + size])
             padded = np.array(part + part[-1:] * (size - len(part)))  # one shape, one compilation
-            kernels, biases, iterations, gradients = jax.device_get(
-                _solve(
-                    turned,
-                    hot,
-                    counts,
-                    jnp.asarray(padded, dtype),
-                    jnp.asarray(variances, dtype),
-                    is_softmax=is_softmax,
-                    max_iterations=max_iterations,
-                    tolerance=TOLERANCE[dtype],
-                )
+            solve = partial(
+                _solve,
+                turned,
+                hot,
+                counts,
+                jnp.asarray(padded, dtype),
+                jnp.asarray(variances, dtype),
+                is_softmax=is_softmax,
+                tolerance=TOLERANCE[dtype],
             )
+            state, later = None, len(range(start + size, len(grid), size))
+            for done in range(0, max_iterations, _ITERATIONS_AT_ONCE):
+                began, more = time.monotonic(), min(_ITERATIONS_AT_ONCE, max_iterations - done)
+                state, *found = solve(state, more)
+                if state.is_done.all():
+                    break
+                left = max_iterations * (1 + later) - done - more
+                secs = (time.monotonic() - began) / more * left
+                on_progress(
+                    f"C {part[0]:.3g} to {part[-1]:.3g}: iteration {done + more} of at most "
+                    f"{max_iterations}; with all others at most {format_secs(secs)}"
+                )
+            kernels, biases = jax.device_get(found)
+            iterations, gradients = jax.device_get((state.iterations, state.gradient))
             for i, c in enumerate(part):
                 kernel = axes @ kernels[i].astype(np.float64)
                 bias = biases[i].astype(np.float64) - center @ kernel
                 yield Fitted(c, Classifier(kernel, bias), int(iterations[i]), float(gradients[i]))
 
 
-@partial(jax.jit, static_argnames=("is_softmax", "max_iterations", "tolerance"))
-def _solve(features, hot, counts, grid, variances, *, is_softmax, max_iterations, tolerance):
-    """Kernels `[k, d, c]`, biases `[k, c]`, iterations and gradients `[k]` of the grid `[k]`."""
+@partial(jax.jit, static_argnames=("is_softmax", "tolerance"), donate_argnums=5)
+def _solve(features, hot, counts, grid, variances, state, num_iterations, *, is_softmax, tolerance):
+    """So many iterations more of the grid `[k]`: its state (None: from the start), and what that
+    means: kernels `[k, d, c]` and biases `[k, c]`."""
     (n, d), c = features.shape, hot.shape[1]
     penalty = 1 / (grid * n)
     # Of the loss along an axis of variance one, about: the surer the classes, the flatter it is.
@@ -143,15 +161,14 @@ def _solve(features, hot, counts, grid, variances, *, is_softmax, max_iterations
         (_, values), gradients = jax.value_and_grad(loss, has_aux=True)(x)
         return values, gradients
 
-    start = jnp.zeros((len(grid), (d + 1) * c), features.dtype)
-    found = minimize(
+    state = minimize(
         value_and_gradient,
-        start,
-        max_iterations=max_iterations,
+        jnp.zeros((len(grid), (d + 1) * c), features.dtype) if state is None else state,
+        max_iterations=num_iterations,
         tolerance=tolerance,
         memory=_MEMORY,
     )
-    return *unpack(found.x), found.iterations, found.gradient
+    return state, *unpack(state.x)
 
 
 def _principal_axes(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

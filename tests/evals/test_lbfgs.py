@@ -29,7 +29,7 @@ def test_quadratics_of_very_different_condition():
             quadratic(matrices, centers), start, max_iterations=200, tolerance=1e-10, memory=4
         )
     np.testing.assert_allclose(found.x, centers, atol=1e-7)
-    np.testing.assert_allclose(found.value, 1, atol=1e-12)
+    np.testing.assert_allclose(found.point.value, 1, atol=1e-12)
     assert (np.asarray(found.gradient) <= 1e-10).all()
     # The round one needs a step or two, and does not wait for the others.
     assert found.iterations[0] <= 3 < found.iterations[1] < 200
@@ -43,6 +43,19 @@ def test_one_that_is_at_its_minimum_stays_there():
     np.testing.assert_array_equal(found.x[0], 0)
     np.testing.assert_allclose(found.x[1], [3, 4], rtol=1e-6)
     np.testing.assert_array_equal(found.iterations > 0, [False, True])
+
+
+def test_it_goes_on_where_it_was():
+    with jax.enable_x64(True):
+        matrices = jnp.diag(jnp.logspace(0, 2, 6))[None]
+        problem, start = quadratic(matrices, jnp.ones((1, 6))), jnp.zeros((1, 6))
+        settings = dict(tolerance=1e-9, memory=4)
+        whole = minimize(problem, start, max_iterations=200, **settings)
+        parts = start
+        for count in (7, 4, 200):
+            parts = minimize(problem, parts, max_iterations=count, **settings)
+    assert whole.is_done.all() and 11 < int(whole.iterations[0]) == int(parts.iterations[0])
+    np.testing.assert_allclose(parts.x, whole.x, rtol=1e-12)
 
 
 def test_the_number_of_iterations_is_bounded():

@@ -93,6 +93,30 @@ def test_groups_and_float32_change_little(monkeypatch):
         np.testing.assert_allclose(c.classifier.kernel, a.classifier.kernel, atol=1e-3 * scale)
 
 
+def test_iterations_a_few_at_a_time_are_those_at_once(monkeypatch):
+    features, labels = make_set(3)
+    whole = list(fit_grid(features, labels, GRID, num_classes=3))
+    monkeypatch.setattr(logistic, "_ITERATIONS_AT_ONCE", 3)
+    monkeypatch.setattr(logistic, "_num_at_once", lambda *_: 2)
+    said = []
+    parts = list(fit_grid(features, labels, GRID, num_classes=3, on_progress=said.append))
+    for a, b in zip(whole, parts, strict=True):
+        scale = np.abs(a.classifier.kernel).max()
+        np.testing.assert_allclose(b.classifier.kernel, a.classifier.kernel, atol=1e-7 * scale)
+        assert b.gradient <= logistic.TOLERANCE["float64"]
+    assert said[0].startswith("C 0.0001 to 0.01: iteration 3 of at most 1000; with all others at")
+    assert any(text.startswith("C 1 to 1e+03: iteration 6") for text in said)
+    said.clear()
+    (cut,) = fit_grid(
+        features, labels, [1e3], num_classes=3, max_iterations=8, on_progress=said.append
+    )
+    assert cut.iterations == 8 and cut.gradient > logistic.TOLERANCE["float64"]
+    assert [text.split(": ")[1].split(";")[0] for text in said] == [
+        f"iteration {i} of at most 8" for i in (3, 6, 8)
+    ]
+    assert said[-1].endswith("at most 0s")
+
+
 def test_the_grid_is_the_protocols():
     assert len(C_GRID) == 45 and C_GRID[0] == pytest.approx(1e-6)
     ratios = np.diff(np.log10(C_GRID))

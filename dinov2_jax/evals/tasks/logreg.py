@@ -1,6 +1,7 @@
 """Logistic regression: `python -m dinov2_jax.evals logreg`. Protocol: eval/log_regression.py."""
 
 import argparse
+import functools
 import hashlib
 import json
 import pathlib
@@ -95,7 +96,9 @@ def run(run: Run) -> Result:
     sweep = _sweep(run, train, val, metric, request, fit)
     best = max(C_GRID, key=lambda c: (sweep[_key(c)], -c))
     both = Split(*(np.concatenate(pair) for pair in zip(train, val, strict=True)))
-    (final,) = fit_grid(both.features, both.targets, [best], **fit)
+    with Display(total=1, done=0, unit="last fit", is_shown=run.is_primary) as display:
+        show = functools.partial(display.show, 0)
+        (final,) = fit_grid(both.features, both.targets, [best], on_progress=show, **fit)
     _warn(run, final, flags.solver_dtype)
     scores = final.classifier.scores(test.features)
     return Result(
@@ -189,7 +192,14 @@ def _sweep(
     found = distributed.together(lambda: _read_sweep(path, request))
     left = [c for c in C_GRID if _key(c) not in found]
     with Display(total=len(C_GRID), done=len(found), unit="C", is_shown=run.is_primary) as display:
-        for fitted in fit_grid(train.features, train.targets, left, **fit) if left else ():
+        fits = fit_grid(
+            train.features,
+            train.targets,
+            left,
+            on_progress=lambda text: display.show(len(found), text),
+            **fit,
+        )
+        for fitted in fits if left else ():
             _warn(run, fitted, fit["dtype"])
             scores = fitted.classifier.scores(val.features)
             found[_key(fitted.c)] = _metrics(scores, val.targets)[metric]
