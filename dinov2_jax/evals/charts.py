@@ -36,11 +36,7 @@ def class_sheets(
       title: of both.
     """
     accuracy, counts = per_class_accuracy(predicted, labels, len(names))
-    bars = Sheet(
-        title=f"{title}: per class",
-        caption="Share right of each class, and its number of images. The line is the mean.",
-        cells=[Cell(draw_bars(accuracy, counts, names))],
-    )
+    bars = bars_sheet(accuracy, counts, names, what="Share right", title=title)
     if len(names) > MAX_DRAWN:
         return {BARS_FILE: bars}
     confusion = confusion_counts(predicted, labels, len(names))
@@ -53,6 +49,20 @@ def class_sheets(
         cells=[Cell(draw_confusion(confusion, names))],
     )
     return {BARS_FILE: bars, CONFUSION_FILE: matrix}
+
+
+def bars_sheet(
+    values: np.ndarray,
+    counts: np.ndarray,
+    names: Sequence[str],
+    *,
+    what: str,
+    of: str = "images",
+    title: str,
+) -> Sheet:
+    """`draw_bars` with its title, and a caption that says `what` it shows `of` what."""
+    caption = f"{what} of each class, and its number of {of}. The line is the mean."
+    return Sheet(f"{title}: per class", caption, [Cell(draw_bars(values, counts, names))])
 
 
 def draw_confusion(confusion: np.ndarray, names: Sequence[str]) -> Image.Image:
@@ -76,15 +86,15 @@ def draw_confusion(confusion: np.ndarray, names: Sequence[str]) -> Image.Image:
     return canvas
 
 
-def draw_bars(accuracy: np.ndarray, counts: np.ndarray, names: Sequence[str]) -> Image.Image:
+def draw_bars(values: np.ndarray, counts: np.ndarray, names: Sequence[str]) -> Image.Image:
     """A bar for each class with images, the best first; of many the best and the worst.
 
     Args:
-      accuracy: share right `[classes]`.
+      values: in [0, 1] `[classes]`; what stands for classes without images does not count.
       counts: images `[classes]`.
       names: of the classes; beyond `MAX_NAMED` those in the middle are left out.
     """
-    order = [i for i in np.argsort(-accuracy, kind="stable") if counts[i]]
+    order = [i for i in np.argsort(-values, kind="stable") if counts[i]]
     shown = order
     if len(order) > MAX_NAMED:
         shown = [*order[: MAX_NAMED // 2], *order[-MAX_NAMED // 2 :]]
@@ -92,13 +102,13 @@ def draw_bars(accuracy: np.ndarray, counts: np.ndarray, names: Sequence[str]) ->
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(TEXT_PX)
     for row, i in enumerate(shown):
         top, middle = row * LINE_PX, row * LINE_PX + LINE_PX / 2
-        length = round(_BAR_PX * accuracy[i])
+        length = round(_BAR_PX * values[i])
         draw.rectangle((_NAME_PX, top + 2, _NAME_PX + length, top + LINE_PX - 3), tuple(_RIGHT))
         left = (_NAME_PX - MARGIN_PX // 2, middle)
         draw.text(left, _cut(names[i], draw, font), INK, font, anchor="rm")
-        text = f"{100 * accuracy[i]:.1f} % of {counts[i]}"
+        text = f"{100 * values[i]:.1f} % of {counts[i]}"
         draw.text((_NAME_PX + length + 6, middle), text, FAINT, font, anchor="lm")
-    mean = _NAME_PX + round(_BAR_PX * float(accuracy[order].mean()))
+    mean = _NAME_PX + round(_BAR_PX * float(values[order].mean()))
     draw.line((mean, 0, mean, canvas.height), FAINT)
     return canvas
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dinov2_jax.evals.charts import BARS_FILE, CONFUSION_FILE, draw_bars, draw_confusion
+from dinov2_jax.evals.charts import BARS_FILE, CONFUSION_FILE, bars_sheet, draw_confusion
 from dinov2_jax.evals.dense.mask_sets import IGNORED
 from dinov2_jax.evals.dense.metrics import iou
 from dinov2_jax.visualize.sheets import (
@@ -76,10 +76,13 @@ def mask_sheets(
       class_names: of its rows.
       title: of all.
     """
-    bars = draw_bars(iou(counts), counts.sum(axis=1), class_names)
-    caption = (
-        "Intersection over union of each class that is there, and its number of pixels. The line "
-        "is the mean."
+    bars = bars_sheet(
+        iou(counts),
+        counts.sum(axis=1),
+        class_names,
+        what="Intersection over union",
+        of="pixels",
+        title=title,
     )
     matrix_caption = (
         "Row: the class of the pixel. Column: the class predicted, in the same order. A row sums "
@@ -88,7 +91,7 @@ def mask_sheets(
     matrix = Cell(draw_confusion(counts, class_names))
     return {
         SHEET_FILE: overlay_sheet(examples, class_names, title=title),
-        BARS_FILE: Sheet(f"{title}: per class", caption, [Cell(bars)]),
+        BARS_FILE: bars,
         CONFUSION_FILE: Sheet(f"{title}: confusion", matrix_caption, [matrix]),
     }
 

@@ -13,6 +13,7 @@ from etils import epath
 
 from dinov2_jax import distributed
 from dinov2_jax.data.records import DataError
+from dinov2_jax.evals.charts import BARS_FILE, bars_sheet
 from dinov2_jax.evals.classes import report_classes
 from dinov2_jax.evals.logistic import C_GRID, TOLERANCE, Fitted, fit_grid
 from dinov2_jax.evals.multi_label import LAYOUT as MULTI_LABEL_LAYOUT
@@ -258,11 +259,14 @@ def _details(
 ) -> Mapping[str, Any]:
     if targets.ndim == 1:
         return report_classes(run, scores.argmax(axis=1), targets, names)
-    precision = {
-        name: 100 * average_precision_11_point(scores[:, i], targets[:, i])
-        for i, name in enumerate(names)
-    }
-    return {"average_precision": {k: v for k, v in precision.items() if np.isfinite(v)}}
+    precision = np.array(
+        [average_precision_11_point(scores[:, i], targets[:, i]) for i in range(len(names))]
+    )
+    counts, what = (targets == 1).sum(axis=0), "11-point average precision"
+    title = f"logreg of {run.model.name}"
+    run.draw(lambda: {BARS_FILE: bars_sheet(precision, counts, names, what=what, title=title)})
+    found = zip(names, precision, strict=True)
+    return {"average_precision": {k: 100 * float(v) for k, v in found if np.isfinite(v)}}
 
 
 TASK = Task(

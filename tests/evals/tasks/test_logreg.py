@@ -107,6 +107,7 @@ def test_several_classes_an_image(cache, model_path, colors, tmp_path):
     precision = record["details"]["average_precision"]
     assert precision["warm"] == pytest.approx(precision["red"], abs=1e-6)
     assert record["counts"] == {"train": 24, "test": 12, "classes": 4}
+    assert (tmp_path / "out" / "per_class.png").stat().st_size > 1000
     assert main(["logreg", *out, "--metric=top1", "--force"]) == 2
 
 
