@@ -43,7 +43,7 @@ LEVELS = (
         "progress",
         "teacher_file",
         "workdir",
-        "door",
+        "commands",
         "feed",
         "rhythm",
     ),

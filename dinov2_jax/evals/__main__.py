@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from dinov2_jax.door import WRONG_INPUT, run_command
+from dinov2_jax.commands import WRONG_INPUT, run_command
 from dinov2_jax.evals.command import make_parser, run_task
 from dinov2_jax.evals.suite import run_suite
 from dinov2_jax.evals.task import Task

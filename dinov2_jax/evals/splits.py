@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from dinov2_jax.commands import positive
 from dinov2_jax.data.files import DISK, Store
 from dinov2_jax.data.records import DataError, Source
 from dinov2_jax.data.sources import open_source
-from dinov2_jax.door import positive
 
 LAYOUT = (
     "a folder with train/ and val/ (or test/), each with a folder of images per class; or "

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dinov2_jax.commands import INTERRUPTED, WRONG_INPUT, Parser, positive
 from dinov2_jax.data.folder import FileSource
 from dinov2_jax.data.image_ops import resize_center_crop
 from dinov2_jax.data.records import Source
-from dinov2_jax.door import INTERRUPTED, WRONG_INPUT, Parser, positive
 from dinov2_jax.features.extractor import FeatureExtractor
 from dinov2_jax.model import Model, load
 from dinov2_jax.preprocess import resize, resize_to_patches

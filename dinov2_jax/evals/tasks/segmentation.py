@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dinov2_jax.commands import count, positive, positive_number
 from dinov2_jax.data.ahead import map_ahead
-from dinov2_jax.door import count, positive, positive_number
 from dinov2_jax.evals.dense.bank import build_bank, patch_maps, voting_maps
 from dinov2_jax.evals.dense.charts import mask_sheets
 from dinov2_jax.evals.dense.evaluate import evaluate_masks

@@ -5,8 +5,8 @@ import errno
 
 import pytest
 
+from dinov2_jax.commands import Parser, count, positive, positive_number, run_command
 from dinov2_jax.distributed import HostError
-from dinov2_jax.door import Parser, count, positive, positive_number, run_command
 
 
 @pytest.mark.parametrize(
