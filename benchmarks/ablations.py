@@ -3,6 +3,7 @@
     python -m benchmarks.ablations run RUNS --data FOLDER [--only REGEX] [--seeds 0 1] [--jobs 2]
     python -m benchmarks.ablations evaluate RUNS [--segmentation FOLDER] [--retrieval FOLDER]
     python -m benchmarks.ablations table RUNS
+    python -m benchmarks.ablations curves RUNS --only REGEX --picture curves.png
 
 FOLDER of `run` holds train.tar and val.tar. Every run is a workdir of its own below RUNS: stopped
 and started again, `run` goes on, and leaves what is finished.
@@ -83,6 +84,14 @@ IN_RUN = {
     "feature_rank": "rank",
 }
 RESULTS = {"miou_knn": "patch k-NN mIoU, %", "map": "retrieval mAP, %"}
+CURVES = {
+    "knn/val/cls": "kNN of CLS",
+    "dino_ce_over_log_k": "DINO cross-entropy / ln K",
+    "ibot_ce_over_log_k": "iBOT cross-entropy / ln K",
+    "teacher_entropy": "teacher's entropy / ln K",
+    "feature_std": "spread of the features",
+    "feature_rank": "rank of the features",
+}
 SHARES = ("knn/val/cls", "knn/val/mean_patch")
 
 
@@ -199,9 +208,32 @@ def table(runs: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
+def curves(options) -> None:
+    """Draws what the metrics of the chosen runs say on the way, finished or not."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        message = f"error: curves needs {error.name}; pip install -e '.[benchmarks]'"
+        raise SystemExit(message) from error
+    workdirs = [path.parent for path in sorted(options.runs.glob("*/metrics.jsonl"))]
+    workdirs = [path for path in workdirs if re.search(options.only, path.name)]
+    figure = Figure(figsize=(9, 4.5), dpi=80, layout="constrained")
+    for ax, key in zip(figure.subplots(2, 3).flat, CURVES, strict=True):
+        for workdir in workdirs:
+            batch_size = json.loads((workdir / "config.json").read_text())["global_batch_size"]
+            rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+            points = [(row["step"] * batch_size, row[key]) for row in rows if key in row]
+            if points:
+                ax.plot(*zip(*points, strict=True), label=workdir.name, linewidth=1)
+        ax.set_title(CURVES[key], fontsize="small")
+    figure.supxlabel("images", fontsize="small")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.savefig(options.picture)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("what", choices=("run", "evaluate", "table"))
+    parser.add_argument("what", choices=("run", "evaluate", "table", "curves"))
     parser.add_argument("runs", type=pathlib.Path)
     parser.add_argument("--data", type=pathlib.Path, help="folder of train.tar and val.tar")
     parser.add_argument("--only", default="", metavar="REGEX", help="of the changes' names")
@@ -211,6 +243,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--segmentation", help="folder of images and masks")
     parser.add_argument("--retrieval", help="folder with list.json")
+    parser.add_argument("--picture", default="curves.png", help="of curves; .png or .svg")
     options = parser.parse_args()
     if options.what == "run":
         if options.data is None:
@@ -218,6 +251,8 @@ def main() -> None:
         run_all(options)
     elif options.what == "evaluate":
         evaluate(options)
+    elif options.what == "curves":
+        return curves(options)
     print(table(options.runs))
 
 

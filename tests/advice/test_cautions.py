@@ -48,7 +48,7 @@ def warnings(**changes) -> list[str]:
         ),
         (
             {"momentum_start": 0.9999},
-            r"^teacher.momentum_start=0.9999 .* 86% its initialisation; lower it to about 0.98,",
+            r"^teacher.momentum_start=0.9999 .* 86% its initialisation; lower it to about 0.971,",
         ),
         ({"num_images": 10}, r"^global_batch_size=64 .* 10 images 6.4 times .*; lower it to 10 "),
         (
