@@ -160,7 +160,7 @@ def get_config() -> ConfigDict:
     config.heads = "auto"
     config.head_block_size = 0  # prototypes of a block on one device; 0: by the number of rows
     config.scan_unroll = 1  # blocks unrolled in each turn of the scan over depth
-    # auto | "" | cpu_products | tpu_overlap | gpu_overlap: XLA flags, see docs/performance.md; auto
+    # auto | "" | cpu_products | tpu_overlap | gpu_overlap: XLA flags, see docs/kernels.md; auto
     # is cpu_products on CPU and none elsewhere.
     config.compiler_preset = "auto"
 
