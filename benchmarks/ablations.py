@@ -14,12 +14,13 @@ import concurrent.futures
 import json
 import os
 import pathlib
-import queue
 import re
 import subprocess
 import sys
 
 import numpy as np
+
+from dinov2_jax.metrics import lines_left
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PLAIN, BATCH_SIZE = "plain", 64
@@ -98,24 +99,20 @@ SHARES = ("knn/val/cls", "knn/val/mean_patch")
 def run_all(options) -> None:
     """Trains what is asked for, `jobs` at once, each on cores of its own."""
     names = [name for name in CHANGES if re.search(options.only, name)]
-    cores = np.array_split(sorted(os.sched_getaffinity(0)), options.jobs)
-    free = queue.SimpleQueue()
-    for group in cores:
-        free.put({int(core) for core in group})
+    cores = sorted(os.sched_getaffinity(0))
+    jobs = min(options.jobs, len(cores))
+    groups = iter(np.array_split(cores, jobs))
 
-    def run(seed: int, name: str) -> None:
-        mine = free.get()
-        try:
-            train(name, seed, options, mine)
-        finally:
-            free.put(mine)
+    def take_cores() -> None:
+        os.sched_setaffinity(0, next(groups).tolist())  # of this thread and what it starts
 
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for done in [pool.submit(run, seed, name) for seed in options.seeds for name in names]:
+    with concurrent.futures.ThreadPoolExecutor(jobs, initializer=take_cores) as pool:
+        runs = [(name, seed, options) for seed in options.seeds for name in names]
+        for done in [pool.submit(train, *run) for run in runs]:
             done.result()
 
 
-def train(name: str, seed: int, options, cores: set[int]) -> None:
+def train(name: str, seed: int, options) -> None:
     """One run, from its last checkpoint; nothing if it is finished."""
     change = CHANGES[name]
     workdir = options.runs / f"{name}-seed{seed}"
@@ -142,7 +139,6 @@ def train(name: str, seed: int, options, cores: set[int]) -> None:
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
     last = log.read_text().strip().splitlines()[-1:]
     print(f"{workdir.name}: exit code {done.returncode}: {''.join(last)}", flush=True)
@@ -158,21 +154,30 @@ def evaluate(options) -> None:
         ]
     if options.retrieval:
         tasks["retrieval"] = ["--data", options.retrieval, "--size", "64", "--resize", "64"]
-    for teacher in sorted(options.runs.glob("*/teacher.safetensors")):
+    finished = [path for path in sorted(options.runs.glob("*-seed*")) if measures(path)]
+    for workdir in finished:
         for task, flags in tasks.items():
-            out = teacher.parent / "evals" / task
+            out = workdir / "evals" / task
             command = [sys.executable, "-m", "dinov2_jax.evals", task, f"--out={out}"]
-            command += [f"--model={teacher.parent}", *map(str, flags)]
+            command += [f"--model={workdir}", *map(str, flags)]
             subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def config(workdir: pathlib.Path) -> dict:
+    """That a run was made with."""
+    return json.loads((workdir / "config.json").read_text())
 
 
 def measures(workdir: pathlib.Path) -> dict[str, float]:
     """Of a finished run, by their names in the table; {} of another."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    total_steps = json.loads((workdir / "config.json").read_text())["total_steps"]
+    rows = lines_left(workdir)
     last = {key: row[key] for row in rows for key in IN_RUN if key in row}
-    if rows[-1]["step"] < total_steps:
+    # Its last evaluation comes after all else; of one before it the numbers are not the run's.
+    evaluated = [row["step"] for row in rows if SHARES[0] in row]
+    if not evaluated or evaluated[-1] < config(workdir)["total_steps"]:
         return {}
+    # What was not finite is null.
+    last = {key: np.nan if x is None else x for key, x in last.items()}
     found = {IN_RUN[key]: x * (100 if key in SHARES else 1) for key, x in last.items()}
     for record in workdir.glob("evals/*/result.json"):
         metrics = json.loads(record.read_text())["metrics"]
@@ -188,7 +193,7 @@ def table(runs: pathlib.Path) -> str:
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in CHANGES}
     for workdir in sorted(runs.glob("*-seed*")):
         name, _, seed = workdir.name.rpartition("-seed")
-        if name in found and (workdir / "metrics.jsonl").exists():
+        if name in found:
             found[name] |= {int(seed): x} if (x := measures(workdir)) else {}
     names = [*IN_RUN.values(), *RESULTS.values()]
     lines = ["| | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
@@ -220,9 +225,9 @@ def curves(options) -> None:
     figure = Figure(figsize=(9, 4.5), dpi=80, layout="constrained")
     for ax, key in zip(figure.subplots(2, 3).flat, CURVES, strict=True):
         for workdir in workdirs:
-            batch_size = json.loads((workdir / "config.json").read_text())["global_batch_size"]
-            rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-            points = [(row["step"] * batch_size, row[key]) for row in rows if key in row]
+            batch_size = config(workdir)["global_batch_size"]
+            found = [row for row in lines_left(workdir) if row.get(key) is not None]
+            points = [(row["step"] * batch_size, row[key]) for row in found]
             if points:
                 ax.plot(*zip(*points, strict=True), label=workdir.name, linewidth=1)
         ax.set_title(CURVES[key], fontsize="small")

@@ -37,9 +37,11 @@ def warnings(
     config, trainer: startup.Trainer, *, num_images: int, has_hint: bool = True
 ) -> list[str]:
     """Lines that every start prints: what cannot work or almost surely does not, and where next."""
-    found = warnings_of(run_settings(config, trainer, num_images=num_images))
-    hint = ["the same command with --suggest prints values that fit, with reasons"]
-    return [f"warning: {line}" for line in found] + hint * (has_hint and bool(found))
+    run = run_settings(config, trainer, num_images=num_images)
+    found = [f"warning: {line}" for line in warnings_of(run)]
+    if has_hint and found and any(item.is_change for item in suggest(run)):
+        found.append("the same command with --suggest prints values that fit, with reasons")
+    return found
 
 
 def run_settings(config, trainer: startup.Trainer, *, num_images: int) -> RunSettings:

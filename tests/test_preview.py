@@ -36,6 +36,14 @@ def test_no_recipe_is_warned_of_or_told_to_change(recipe, num_images):
     assert not [item for item in suggest(settings) if item.is_change]
 
 
+def test_a_hint_is_given_where_there_is_something_to_suggest():
+    path = str(REPOSITORY / "configs" / "small.py")
+    config = load_config(path, [("data.path", "photos:")])
+    trainer = startup.build_trainer(config, startup.build_mesh(config))
+    (line,) = preview.warnings(config, trainer, num_images=19)
+    assert line.startswith("warning: global_batch_size=64 takes each of the 19 images")
+
+
 def test_settings_are_those_of_the_configuration_and_the_devices():
     path = str(REPOSITORY / "configs" / "vits14.py")
     changes = {

@@ -9,10 +9,13 @@ from collections.abc import Iterator
 
 from dinov2_jax.advice import scale
 from dinov2_jax.advice.proposals import (
+    NEAR_LEARNING_RATE,
+    NEAR_WARMUP,
+    fitting_base,
     fitting_group_size,
-    fitting_peak,
     fitting_prototypes,
     fitting_warmup_steps,
+    is_near,
 )
 from dinov2_jax.advice.settings import RunSettings
 
@@ -42,10 +45,11 @@ def _of_rows(run: RunSettings) -> Iterator[str]:
                     f"step: it spreads each target over {current / rows:,.0f} prototypes or more; "
                     f"lower it to about {fitting_prototypes(run, key)}, or raise global_batch_size"
                 )
-    elif run.total_steps * (1 - run.center_momentum) < 1:
+    elif run.center_momentum > 1 - 1 / run.total_steps:
         yield (
             f"centering.center_momentum={run.center_momentum:g} moves the center too slowly for "
-            f"total_steps={run.total_steps}: it must be at most 1 - 1 / total_steps; 0.9 is usual"
+            f"total_steps={run.total_steps}: it must be at most 1 - 1 / total_steps; "
+            + ("0.9 is usual" if run.total_steps >= 10 else "lower it, or train longer")
         )
     if run.koleo_weight and run.group_size == 1:
         fitting = fitting_group_size(run)
@@ -72,7 +76,8 @@ def _of_lengths(run: RunSettings) -> Iterator[str]:
         ),
     ):
         share = steps / run.total_steps
-        if share > MOST_OF_THE_RUN:
+        # Of a few steps one or two may be more than half, and fit.
+        if share > MOST_OF_THE_RUN and steps > NEAR_WARMUP * fitting_warmup_steps(run.total_steps):
             yield f"{key}={steps} is {share:.0%} of total_steps={run.total_steps}: {rule}; {cure}"
     left = scale.initialisation_left(
         run.momentum_start, run.momentum_end, total_steps=run.total_steps
@@ -95,12 +100,12 @@ def _of_lengths(run: RunSettings) -> Iterator[str]:
 def _of_rates(run: RunSettings) -> Iterator[str]:
     low, high = scale.LEARNING_RATES
     peak = run.base_learning_rate * run.learning_rate_factor
-    if not low <= peak <= high:
-        fitting = fitting_peak(run) / run.learning_rate_factor
+    fitting = fitting_base(run)
+    if not (low <= peak <= high or is_near(run.base_learning_rate, fitting, NEAR_LEARNING_RATE)):
         yield (
             f"optim.base_learning_rate={run.base_learning_rate:g} gives a peak of {peak:.2g} at "
             f"global_batch_size={run.global_batch_size}, which should lie in {low:g}..{high:g}; "
-            f"set it to about {fitting:.2g}"
+            f"set it to about {fitting:g}"
         )
 
 

@@ -55,7 +55,8 @@ def suggest(run: RunSettings) -> tuple[Suggestion, ...]:
     )
 
 
-def _is_near(current: float, value: float, factor: float) -> bool:
+def is_near(current: float, value: float, factor: float) -> bool:
+    """Whether a value is left as it is, where `value` fits."""
     return current > 0 and max(current / value, value / current) <= factor
 
 
@@ -83,7 +84,7 @@ def _prototypes(run: RunSettings) -> Iterator[Suggestion]:
         fewest = min(rows.values())
         if run.centering == "sinkhorn_knopp" and current > fewest:
             reason += f"; Sinkhorn spreads a target over {current / fewest:,.0f} or more"
-        value = current if _is_near(current, fitting, NEAR_PROTOTYPES) else fitting
+        value = current if is_near(current, fitting, NEAR_PROTOTYPES) else fitting
         yield Suggestion(key, value, current, reason)
 
 
@@ -92,7 +93,7 @@ def _momentum(run: RunSettings) -> Suggestion:
     left = scale.initialisation_left(current, run.momentum_end, total_steps=run.total_steps)
     return Suggestion(
         "teacher.momentum_start",
-        current if _is_near(1 - current, 1 - fitting, NEAR_MOMENTUM) else fitting,
+        current if is_near(1 - current, 1 - fitting, NEAR_MOMENTUM) else fitting,
         current,
         f"an average over {1 / (1 - fitting):,.0f} steps fits {run.total_steps:,}; with "
         f"{current:g} the last teacher is {left:.0%} initialisation",
@@ -106,24 +107,24 @@ def _learning_rate(run: RunSettings) -> Suggestion:
         # Most layers then learn at a fraction of the peak, and nothing was measured.
         reason = f"no proposal beside optim.layerwise_lr_decay={run.layerwise_lr_decay:g}"
         return Suggestion(key, current, current, reason)
-    peak = fitting_peak(run)
-    fitting = _round_digits(peak / factor, 2)
+    fitting = fitting_base(run)
     return Suggestion(
         key,
-        current if _is_near(current, fitting, NEAR_LEARNING_RATE) else fitting,
+        current if is_near(current, fitting, NEAR_LEARNING_RATE) else fitting,
         current,
         f"batch {run.global_batch_size:,}, width {run.embed_dim:,} and {run.total_steps:,} steps "
-        f"fit a peak of {peak:.2g}; {current:g} gives {current * factor:.2g}",
+        f"fit a peak of {fitting * factor:.2g}; {current:g} gives {current * factor:.2g}",
     )
 
 
-def fitting_peak(run: RunSettings) -> float:
-    """The peak learning rate; see `scale.fitting_learning_rate`."""
-    return scale.fitting_learning_rate(
+def fitting_base(run: RunSettings) -> float:
+    """The base learning rate, to two digits; see `scale.fitting_learning_rate`."""
+    peak = scale.fitting_learning_rate(
         global_batch_size=run.global_batch_size,
         embed_dim=run.embed_dim,
         total_steps=run.total_steps,
     )
+    return _round_digits(peak / run.learning_rate_factor, 2)
 
 
 def fitting_warmup_steps(total_steps: int) -> int:
@@ -135,7 +136,7 @@ def _warmup(run: RunSettings) -> Suggestion:
     current, fitting = run.warmup_steps, fitting_warmup_steps(run.total_steps)
     return Suggestion(
         "optim.warmup_steps",
-        current if _is_near(current, fitting, NEAR_WARMUP) else fitting,
+        current if is_near(current, fitting, NEAR_WARMUP) else fitting,
         current,
         f"{fitting / run.total_steps:.0%} of {run.total_steps:,} steps fit; {current:,} are "
         f"{current / run.total_steps:.0%}",
@@ -148,7 +149,7 @@ def _teacher_temp(run: RunSettings) -> Suggestion:
     (short, low), (long, high) = line.small, line.large
     return Suggestion(
         "centering.teacher_temp",
-        current if _is_near(current, fitting, NEAR_TEACHER_TEMP) else fitting,
+        current if is_near(current, fitting, NEAR_TEACHER_TEMP) else fitting,
         current,
         f"{low:g} fits up to {short:,} steps, {high:g} from {long:,} on; these are "
         f"{run.total_steps:,}",
@@ -159,7 +160,7 @@ def _layer_scale(run: RunSettings) -> Suggestion:
     current, fitting = run.layer_scale_init, _round_digits(scale.LAYER_SCALE.at(run.total_steps), 1)
     return Suggestion(
         "model.layer_scale_init",
-        current if _is_near(current, fitting, NEAR_LAYER_SCALE) else fitting,
+        current if is_near(current, fitting, NEAR_LAYER_SCALE) else fitting,
         current,
         f"blocks begin at this share of their output, and {run.total_steps:,} steps must grow it",
     )
@@ -183,7 +184,7 @@ def _group_size(run: RunSettings) -> Suggestion:
     return Suggestion(
         "group_size",
         # In a group of one KoLeo has no neighbours.
-        current if current > 1 and _is_near(current, fitting, NEAR_GROUP_SIZE) else fitting,
+        current if current > 1 and is_near(current, fitting, NEAR_GROUP_SIZE) else fitting,
         current,
         f"masks, KoLeo and drop path see their group alone; of the {piece:,} images of a batch "
         f"shard {fitting:,} fit",

@@ -1,6 +1,6 @@
 """The search for neighbours as a task runs it: over all devices, planned aloud, with a bar."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,8 @@ def search(
     Raises:
       ValueError: as `nearest_neighbors`.
     """
-    settings = dict(k=k, at_once=QUERY_CHUNK_SIZE, say=say, is_shown=is_shown)
-    (found,) = _search(queries, bank, blocks=[slice(None)], **settings)
+    settings = dict(num_queries=len(queries), k=k, at_once=QUERY_CHUNK_SIZE, is_shown=is_shown)
+    (found,) = _search([queries], bank, say=say, **settings)
     return found
 
 
@@ -48,23 +48,24 @@ def rankings(
       others: see `search`.
     """
     at_once = min(max(_RANKED_BYTES // (8 * len(bank)), 1), QUERY_CHUNK_SIZE)
-    blocks = [slice(i, i + at_once) for i in range(0, len(queries), at_once)]
-    settings = dict(k=len(bank), at_once=at_once, say=say, is_shown=is_shown)
-    for _, rows in _search(queries, bank, blocks=blocks, **settings):
+    blocks = (queries[i : i + at_once] for i in range(0, len(queries), at_once))
+    more = f", {at_once:,} queries at a time" * (len(queries) > at_once)
+    settings = dict(num_queries=len(queries), k=len(bank), at_once=at_once, is_shown=is_shown)
+    for _, rows in _search(blocks, bank, say=lambda line: say(line + more), **settings):
         yield from rows
 
 
 def _search(
-    queries: Any, bank: Any, *, blocks: list[slice], k: int, at_once: int, say, is_shown
+    blocks: Iterable[Any], bank: Any, *, num_queries: int, k: int, at_once: int, say, is_shown
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What `nearest_neighbors` gives for each block of queries."""
+    """What `nearest_neighbors` gives for each block of the queries."""
     mesh = make_mesh()
     settings = dict(mesh=mesh, query_chunk_size=at_once)
-    plan = make_plan(len(queries), *bank.shape, k=min(k, len(bank)), **settings)
+    plan = make_plan(num_queries, *bank.shape, k=min(k, len(bank)), **settings)
     secs = None
     if plan.num_steps * plan.chunks_per_device >= _TIMED_FROM:
         secs = plan.num_steps * seconds_per_step(plan, mesh=mesh)
-    say(describe(plan, secs) + f", {at_once:,} queries at a time" * (len(blocks) > 1))
+    say(describe(plan, secs))
     with Display(total=plan.num_steps, done=0, unit="search step", is_shown=is_shown) as display:
         done = 0
 
@@ -76,7 +77,7 @@ def _search(
                 display.show(done, "")
 
         for block in blocks:
-            yield nearest_neighbors(queries[block], bank, k=k, on_step=on_step, **settings)
+            yield nearest_neighbors(block, bank, k=k, on_step=on_step, **settings)
 
 
 def describe(plan: Plan, secs: float | None) -> str:

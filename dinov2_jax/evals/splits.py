@@ -20,8 +20,13 @@ LAYOUT = (
 _PATTERNS = ("{}", "{}.tar", "{}-*.tar", "{}_*.tar", "{}.txt", "{}.array_record*")
 
 
-def find_split(data: str, names: Sequence[str]) -> str:
+def find_split(data: str, names: Sequence[str], *, default: str | None = None) -> str:
     """Where the first of `names` that exists lies: what `data.sources.open_source` takes.
+
+    Args:
+      data: see `LAYOUT`.
+      names: of the split.
+      default: returned where none of them is there; None: that is an error.
 
     Raises:
       DataError: none of them is there, or the store cannot be read.
@@ -38,7 +43,9 @@ def find_split(data: str, names: Sequence[str]) -> str:
                     return path
     except OSError as error:
         raise DataError(f"{data} cannot be read ({error.strerror}); check its access") from error
-    raise DataError(f"{data} holds no split {' or '.join(names)}; expected: {LAYOUT}")
+    if default is None:
+        raise DataError(f"{data} holds no split {' or '.join(names)}; expected: {LAYOUT}")
+    return default
 
 
 def open_split(data: str, names: Sequence[str]) -> Source:

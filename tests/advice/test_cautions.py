@@ -18,6 +18,8 @@ HEALTHY = dataclasses.replace(
     teacher_temp=0.04,
 )
 
+FEW_STEPS = {"warmup_steps": 1, "freeze_last_layer_steps": 0, "momentum_start": 0.5}
+
 
 def warnings(**changes) -> list[str]:
     return warnings_of(dataclasses.replace(HEALTHY, **changes))
@@ -79,6 +81,10 @@ def warnings(**changes) -> list[str]:
             {"centering": "softmax_center", "center_momentum": 0.9999},
             r"^centering.center_momentum=0.9999 .* total_steps=3000: .*; 0.9 is usual$",
         ),
+        (
+            FEW_STEPS | {"centering": "softmax_center", "total_steps": 9},
+            r"^centering.center_momentum=0.9 .* total_steps=9: .*; lower it, or train longer$",
+        ),
     ],
 )
 def test_a_warning_names_key_value_rule_and_cure(changes, pattern):
@@ -102,6 +108,11 @@ def test_a_warning_names_key_value_rule_and_cure(changes, pattern):
         {"koleo_weight": 0.0, "group_size": 1},
         {"center_momentum": 1.0},  # of softmax centering alone
         {"layer_scale_init": 1e-5, "total_steps": 20_000},
+        FEW_STEPS | {"centering": "softmax_center", "total_steps": 10},
+        FEW_STEPS | {"total_steps": 1},
+        FEW_STEPS | {"total_steps": 3, "warmup_steps": 2, "freeze_last_layer_steps": 2},
+        # Proposed, rounded: a peak of 0.01005.
+        {"num_images": 12_288, "global_batch_size": 12_288, "base_learning_rate": 0.0029},
     ],
 )
 def test_what_may_work_is_not_warned_of(changes):

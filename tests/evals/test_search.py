@@ -7,7 +7,9 @@ import numpy as np
 
 from dinov2_jax.evals import search as module
 from dinov2_jax.evals.search import rankings, search
+from dinov2_jax.features.read import ShardedArray
 from dinov2_jax.neighbors import nearest_neighbors
+from dinov2_jax.neighbors_plan import QUERY_CHUNK_SIZE
 
 
 def test_it_is_the_search_and_says_what_it_takes(monkeypatch, capsys):
@@ -27,6 +29,22 @@ def test_it_is_the_search_and_says_what_it_takes(monkeypatch, capsys):
     search(queries, bank, k=3, say=said.append)
     assert re.search(r"on each, about \d+s$", said[1])
     assert "search step 1/1" in capsys.readouterr().out
+
+
+def test_queries_on_disk_are_read_a_chunk_at_a_time(monkeypatch):
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((2500, 2)).astype(np.float32)
+    queries, read = ShardedArray([rows], (2,), rows.dtype), []
+    take = ShardedArray.__getitem__
+
+    def noted(self, key):
+        found = take(self, key)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(ShardedArray, "__getitem__", noted)
+    search(queries, rows[:5], k=1, say=lambda _: None, is_shown=False)
+    assert 0 < max(read) <= QUERY_CHUNK_SIZE < len(rows)
 
 
 def test_whole_rankings_come_a_few_queries_at_a_time(monkeypatch):

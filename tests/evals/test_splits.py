@@ -43,6 +43,7 @@ def test_the_first_name_that_is_there(tmp_path):
     assert find_split("hf:cifar10", ("test", "val")) == "hf:cifar10:test"
     with pytest.raises(ValueError, match=r"holds no split a or b; expected: a folder with train/"):
         find_split(str(tmp_path), ("a", "b"))
+    assert find_split(str(tmp_path), ("a", "b"), default="c") == "c"
 
 
 @pytest.mark.parametrize("made", ["train/cat/a.png", "train-000.tar", "train.tar", "train.txt"])
@@ -63,7 +64,7 @@ def test_a_store_that_cannot_be_read(monkeypatch):
 
     monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "info", refused)
     with pytest.raises(DataError, match=r"memory://b cannot be read \(PermissionError: not yours"):
-        find_split("memory://b", ("train",))
+        find_split("memory://b", ("train",), default="none")
 
 
 def test_home_and_sources(colors, monkeypatch):

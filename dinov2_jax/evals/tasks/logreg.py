@@ -138,10 +138,7 @@ def _read_single(run: Run):
     test = split(_features(run, open_split(run.data, tested)), "the tested split")
     val = None
     if not run.data.startswith(("hf:", "tfds:")) or run.flags.split:
-        try:
-            held = find_split(run.data, ("val", "validation"))
-        except DataError:
-            held = path
+        held = find_split(run.data, ("val", "validation"), default=path)
         if held != path:
             val = split(_features(run, held), "val")
     return Split(np.asarray(train["cls"]), labels), val, test, train.label_names, train.index
