@@ -69,6 +69,7 @@ def run_settings(config, trainer: startup.Trainer, *, num_images: int) -> RunSet
         ibot_prototypes=config.ibot.num_prototypes,
         centering=config.centering.kind,
         center_momentum=config.centering.center_momentum,
+        teacher_temp_start=config.centering.teacher_temp_start,
         teacher_temp=config.centering.teacher_temp,
         momentum_start=config.teacher.momentum_start,
         momentum_end=config.teacher.momentum_end,

@@ -41,7 +41,7 @@ def test_a_hint_is_given_where_there_is_something_to_suggest():
     config = load_config(path, [("data.path", "photos:")])
     trainer = startup.build_trainer(config, startup.build_mesh(config))
     (line,) = preview.warnings(config, trainer, num_images=19)
-    assert line.startswith("warning: global_batch_size=64 takes each of the 19 images")
+    assert line.startswith("warning: global_batch_size=64 of 19 images takes each 3.4 times")
 
 
 def test_settings_are_those_of_the_configuration_and_the_devices():

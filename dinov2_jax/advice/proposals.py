@@ -49,7 +49,7 @@ def suggest(run: RunSettings) -> tuple[Suggestion, ...]:
         _momentum(run),
         _learning_rate(run),
         _warmup(run),
-        _teacher_temp(run),
+        *_teacher_temps(run),
         _layer_scale(run),
         _group_size(run),
     )
@@ -70,7 +70,7 @@ def fitting_prototypes(run: RunSettings, key: str) -> int:
     for (met, kind), rows in run.rows.items():
         if met == key:
             line = scale.PROTOTYPES[kind]
-            # Not more than images: each would get a prototype of its own.
+            # Not many more than images: each would get a prototype of its own.
             fits.append(min(line.at(rows), max(run.num_images, line.small[1])))
     return 2 ** round(math.log2(min(fits)))
 
@@ -143,17 +143,20 @@ def _warmup(run: RunSettings) -> Suggestion:
     )
 
 
-def _teacher_temp(run: RunSettings) -> Suggestion:
-    current, line = run.teacher_temp, scale.TEACHER_TEMP
-    fitting = round(line.at(run.total_steps), 2)
-    (short, low), (long, high) = line.small, line.large
-    return Suggestion(
-        "centering.teacher_temp",
-        current if is_near(current, fitting, NEAR_TEACHER_TEMP) else fitting,
-        current,
-        f"{low:g} fits up to {short:,} steps, {high:g} from {long:,} on; these are "
-        f"{run.total_steps:,}",
-    )
+def _teacher_temps(run: RunSettings) -> Iterator[Suggestion]:
+    for key, current, line in (
+        ("centering.teacher_temp_start", run.teacher_temp_start, scale.TEACHER_TEMP_START),
+        ("centering.teacher_temp", run.teacher_temp, scale.TEACHER_TEMP),
+    ):
+        fitting = _round_digits(line.at(run.total_steps), 2)
+        (short, low), (long, high) = line.small, line.large
+        yield Suggestion(
+            key,
+            current if is_near(current, fitting, NEAR_TEACHER_TEMP) else fitting,
+            current,
+            f"targets must be sharp to teach in few steps: {low:g} fits up to {short:,}, "
+            f"{high:g} from {long:,} on; these are {run.total_steps:,}",
+        )
 
 
 def _layer_scale(run: RunSettings) -> Suggestion:

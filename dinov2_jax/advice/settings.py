@@ -39,6 +39,7 @@ class RunSettings:
     ibot_prototypes: int
     centering: str
     center_momentum: float
+    teacher_temp_start: float
     teacher_temp: float
     momentum_start: float
     momentum_end: float

@@ -15,7 +15,8 @@ HEALTHY = dataclasses.replace(
     ibot_prototypes=512,
     momentum_start=0.98,
     layer_scale_init=0.1,
-    teacher_temp=0.04,
+    teacher_temp_start=0.02,
+    teacher_temp=0.02,
 )
 
 FEW_STEPS = {"warmup_steps": 1, "freeze_last_layer_steps": 0, "momentum_start": 0.5}
@@ -52,7 +53,10 @@ def warnings(**changes) -> list[str]:
             {"momentum_start": 0.9999},
             r"^teacher.momentum_start=0.9999 .* 86% its initialisation; lower it to about 0.971,",
         ),
-        ({"num_images": 10}, r"^global_batch_size=64 .* 10 images 6.4 times .*; lower it to 10 "),
+        (
+            {"num_images": 10},
+            r"^global_batch_size=64 of 10 images takes each 6.4 times .*; lower it to 10 ",
+        ),
         (
             {"local_crop_size_px": 8},
             r"^crops.local_crop_size_px=8 is 1 patch of model.patch_size=8: .*; use 16 or more",
@@ -60,6 +64,14 @@ def warnings(**changes) -> list[str]:
         (
             {"base_learning_rate": 0.1},
             r"^optim.base_learning_rate=0.1 .* peak of 0.025 .* 1e-05..0.01; .* about 0.004$",
+        ),
+        (
+            {"base_learning_rate": 0.1, "layerwise_lr_decay": 0.9},
+            r"^optim.base_learning_rate=0.1 .* which should lie in 1e-05..0.01; bring it there$",
+        ),
+        (
+            {"teacher_temp": 0.07},
+            r"^centering.teacher_temp=0.07 .* total_steps=3000: .* lower it to about 0.024,",
         ),
         (
             {"base_learning_rate": 1e-6},

@@ -32,6 +32,7 @@ def far_from(run: RunSettings, **changes) -> RunSettings:
         momentum_start=0.0,
         base_learning_rate=1e9,
         warmup_steps=0,
+        teacher_temp_start=9.0,
         teacher_temp=9.0,
         layer_scale_init=9e9,
         group_size=10**6,
@@ -46,6 +47,7 @@ def test_at_the_papers_size_the_papers_values_are_proposed():
         "teacher.momentum_start": 0.994,
         "optim.base_learning_rate": 2e-4,
         "optim.warmup_steps": 100_000,
+        "centering.teacher_temp_start": 0.04,
         "centering.teacher_temp": 0.07,
         "model.layer_scale_init": 1e-5,
         "group_size": 32,
@@ -54,9 +56,10 @@ def test_at_the_papers_size_the_papers_values_are_proposed():
 
 
 @pytest.mark.parametrize(
-    ("total_steps", "momentum"), [(400, 0.965), (1_600, 0.965), (6_000, 0.976)]
+    ("total_steps", "momentum", "temp"),
+    [(400, 0.965, 0.02), (1_600, 0.965, 0.02), (6_000, 0.976, 0.029)],
 )
-def test_at_the_small_size_what_was_measured_is_proposed(total_steps, momentum):
+def test_at_the_small_size_what_was_measured_is_proposed(total_steps, momentum, temp):
     run = far_from(PAPER, **SMALL | {"total_steps": total_steps, "learning_rate_scaling": "none"})
     found = values(dataclasses.replace(run, warmup_steps=0, base_learning_rate=1e9))
     assert 256 <= found["dino.num_prototypes"] <= 1024
@@ -64,7 +67,8 @@ def test_at_the_small_size_what_was_measured_is_proposed(total_steps, momentum):
     assert found["teacher.momentum_start"] == momentum
     assert found["optim.base_learning_rate"] == pytest.approx(1e-3, rel=0.05)
     assert found["optim.warmup_steps"] == total_steps // 10
-    assert found["centering.teacher_temp"] == 0.04
+    assert found["centering.teacher_temp"] == temp
+    assert found["centering.teacher_temp_start"] <= temp
     assert found["model.layer_scale_init"] == 0.1
     assert found["group_size"] == 64
 
@@ -75,6 +79,7 @@ def test_in_between_it_is_close_to_the_references_short_recipe():
     assert found["dino.num_prototypes"] == 65_536 and "ibot.num_prototypes" not in found
     assert found["teacher.momentum_start"] == pytest.approx(0.992, abs=0.002)
     assert found["model.layer_scale_init"] == 1e-5
+    assert found["centering.teacher_temp_start"] == 0.04
     assert found["centering.teacher_temp"] == 0.07
     assert found["group_size"] in (32, 64)
 
@@ -127,6 +132,7 @@ def test_proposals_applied_leave_nothing_to_propose_or_to_warn_of(seed):
         ibot_prototypes=int(10 ** rng.uniform(0, 6)),
         centering=str(rng.choice(["sinkhorn_knopp", "softmax_center"])),
         center_momentum=0.9,
+        teacher_temp_start=float(rng.uniform(0.01, 0.2)),
         teacher_temp=float(rng.uniform(0.01, 0.2)),
         momentum_start=float(1 - 10 ** rng.uniform(-6, -0.1)),
         momentum_end=1.0,
