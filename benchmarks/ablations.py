@@ -36,6 +36,11 @@ def batch(size: int) -> dict:
     return {"global_batch_size": size, "group_size": size}
 
 
+def teacher_temp(start: float, end: float) -> dict:
+    """At the start and after the warm-up."""
+    return {"centering.teacher_temp_start": start, "centering.teacher_temp": end}
+
+
 # What a change is called: the keys it sets, beside the recipe's.
 CHANGES = {
     PLAIN: {},
@@ -45,8 +50,9 @@ CHANGES = {
     "batch-32": batch(32),
     "batch-128": batch(128),
     "softmax-centering": {"centering.kind": "softmax_center"},
-    "teacher-temp-0.02": {"centering.teacher_temp_start": 0.02, "centering.teacher_temp": 0.02},
-    "teacher-temp-to-0.07": {"centering.teacher_temp": 0.07},
+    "teacher-temp-0.01": teacher_temp(0.01, 0.01),
+    "teacher-temp-0.04": teacher_temp(0.04, 0.04),
+    "teacher-temp-0.04-to-0.07": teacher_temp(0.04, 0.07),
     "momentum-0.9": {"teacher.momentum_start": 0.9},
     "momentum-0.99": {"teacher.momentum_start": 0.99},
     "learning-rate-5e-4": {"optim.base_learning_rate": 5e-4},
@@ -60,6 +66,13 @@ CHANGES = {
     "local-crops-0": {"crops.num_local_crops": 0},
     "local-crops-8": {"crops.num_local_crops": 8},
     "weaker-blur": {"augment.blur_sigma_px": (0.1, 0.6)},
+    "weaker-colors": {
+        "augment.brightness": 0.2,
+        "augment.contrast": 0.2,
+        "augment.saturation": 0.1,
+        "augment.hue": 0.03,
+        "augment.grayscale_probability": 0.05,
+    },
     "no-ibot": {"ibot.loss_weight": 0.0},
     "tied-heads": {"ibot.separate_head": False},
     "no-koleo": {"koleo.loss_weight": 0.0},
@@ -99,6 +112,8 @@ SHARES = ("knn/val/cls", "knn/val/mean_patch")
 def run_all(options) -> None:
     """Trains what is asked for, `jobs` at once, each on cores of its own."""
     names = [name for name in CHANGES if re.search(options.only, name)]
+    if not names:
+        raise SystemExit(f"error: no change is called {options.only!r}; there are {[*CHANGES]}")
     cores = sorted(os.sched_getaffinity(0))
     jobs = min(options.jobs, len(cores))
     groups = iter(np.array_split(cores, jobs))

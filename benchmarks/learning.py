@@ -13,6 +13,7 @@ ours and of theirs: choose them for the same minutes, which are printed.
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import os
 import pathlib
@@ -168,7 +169,8 @@ def measure(options) -> None:
     with tarfile.open(options.data / "train.tar") as images:
         images.extractall(options.out / "images", filter="data")
     names = [name for name in CONTENDERS if name == "ours" or options.lightly_python]
-    cores = np.array_split(sorted(os.sched_getaffinity(0)), 2)
+    cores = sorted(os.sched_getaffinity(0))
+    shares = itertools.cycle(np.array_split(cores, min(len(names), len(cores))))
 
     def train(name: str, steps: int, mine: np.ndarray) -> None:
         os.sched_setaffinity(0, {int(core) for core in mine})  # of this thread and what it starts
@@ -176,7 +178,7 @@ def measure(options) -> None:
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for done in [
-            pool.submit(train, *x) for x in zip(names, options.steps, cores, strict=False)
+            pool.submit(train, *x) for x in zip(names, options.steps, shares, strict=False)
         ]:
             done.result()
     for name in names:
