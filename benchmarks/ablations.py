@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--data", type=pathlib.Path, help="folder of train.tar and val.tar")
     parser.add_argument("--only", default="", metavar="REGEX", help="of the changes' names")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--images", type=int, default=20_480, help="a run sees (default 20,480)")
+    parser.add_argument("--images", type=int, default=38_400, help="a run sees (default 38,400)")
     parser.add_argument("--evaluations", type=int, default=1, help="during a run")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--segmentation", help="folder of images and masks")
