@@ -2,8 +2,8 @@
 
 Command: `python -m dinov2_jax.train --config=configs/small.py --config.data.path=/your/images`.
 Hardware: 2 CPU cores for an hour, or any accelerator. The paper's settings do not carry over to
-thousands of images and steps; docs/learning.md has the pairs of runs that decided these, curves of
-healthy and of sick runs, and what to change for other sizes (`--suggest` says it too).
+thousands of images and steps; docs/learning.md has the runs that decided these, curves of a healthy
+and of a slow run, and what to change when yours is not healthy. `--suggest` fits other sizes.
 
 With labelled images, add the in-run kNN: `--config.eval.kind=knn`, `--config.eval.bank_path=` the
 training images and `--config.eval.query_path=` others.
