@@ -1,7 +1,7 @@
 """What decides at small scale: configs/small.py with one thing changed at a time, several seeds.
 
     python -m benchmarks.ablations run RUNS --data FOLDER [--only REGEX] [--seeds 0 1] [--jobs 2]
-    python -m benchmarks.ablations evaluate RUNS [--segmentation FOLDER] [--retrieval FOLDER]
+    python -m benchmarks.ablations evaluate RUNS [--data FOLDER] [--segmentation F] [--retrieval F]
     python -m benchmarks.ablations table RUNS
     python -m benchmarks.ablations curves RUNS --only REGEX --picture curves.png
 
@@ -97,7 +97,12 @@ IN_RUN = {
     "ibot_ce_over_log_k": "iBOT / ln K",
     "feature_rank": "rank",
 }
-RESULTS = {"miou_knn": "patch k-NN mIoU, %", "map": "retrieval mAP, %"}
+RESULTS = {
+    "leave_one_out_cls": "left-out kNN CLS, %",
+    "leave_one_out_mean_patch": "left-out kNN mean patch, %",
+    "miou_knn": "patch k-NN mIoU, %",
+    "map": "retrieval mAP, %",
+}
 CURVES = {
     "knn/val/cls": "kNN of CLS",
     "dino_ce_over_log_k": "DINO cross-entropy / ln K",
@@ -160,7 +165,7 @@ def train(name: str, seed: int, options) -> None:
 
 
 def evaluate(options) -> None:
-    """Patch k-NN segmentation and retrieval of every finished run's teacher."""
+    """Left-out kNN, patch k-NN segmentation and retrieval of every finished run's teacher."""
     tasks = {}
     if options.segmentation:
         tasks["segmentation"] = [
@@ -170,12 +175,17 @@ def evaluate(options) -> None:
     if options.retrieval:
         tasks["retrieval"] = ["--data", options.retrieval, "--size", "64", "--resize", "64"]
     finished = [path for path in sorted(options.runs.glob("*-seed*")) if measures(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if options.data:
+        command = [sys.executable, "-m", "benchmarks.leave_one_out", *map(str, finished)]
+        command += ["--data", str(options.data / "train.tar")]
+        subprocess.run(command, check=True, env=environment)
     for workdir in finished:
         for task, flags in tasks.items():
             out = workdir / "evals" / task
             command = [sys.executable, "-m", "dinov2_jax.evals", task, f"--out={out}"]
             command += [f"--model={workdir}", *map(str, flags)]
-            subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+            subprocess.run(command, check=True, env=environment)
 
 
 def config(workdir: pathlib.Path) -> dict:
