@@ -1,11 +1,10 @@
 """Commands end with a code and one line, whatever went wrong with their input."""
 
-import argparse
 import errno
 
 import pytest
 
-from dinov2_jax.commands import Parser, count, positive, positive_number, run_command
+from dinov2_jax.commands import run_command
 from dinov2_jax.distributed import HostError
 
 
@@ -34,19 +33,3 @@ def test_what_is_right_or_a_mistake_of_ours(capsys):
     assert capsys.readouterr().err == ""
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 / 0)
-
-
-def test_numbers():
-    assert (positive("12"), count("0"), positive_number("0.5")) == (12, 0, 0.5)
-    for kind, text in (
-        *((positive, x) for x in ("0", "-1", "1.5", "x")),
-        *((count, x) for x in ("-1", "1.5")),
-        *((positive_number, x) for x in ("0", "-2", "inf", "nan")),
-    ):
-        with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' must be"):
-            kind(text)
-
-
-def test_wrong_flags_are_errors_and_no_exit():
-    with pytest.raises(ValueError, match=r"unrecognized arguments: --x; --help shows the options"):
-        Parser().parse_args(["--x"])

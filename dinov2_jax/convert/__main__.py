@@ -10,6 +10,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from dinov2_jax.arguments import Parser
 from dinov2_jax.convert.read import read_source
 from dinov2_jax.convert.spec import INTERPOLATION_OF, INTERPOLATIONS
 from dinov2_jax.convert.state_dict import ConversionError
@@ -26,14 +27,9 @@ def _grid(text: str) -> tuple[int, int]:
     return grid
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}; --help shows the options")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m dinov2_jax.convert",
         description="Converts DINOv2 weights between formats, exactly.",
         allow_abbrev=False,

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from dinov2_jax import __version__, distributed
-from dinov2_jax.commands import Parser, count, positive
+from dinov2_jax.arguments import Parser, count, positive
 from dinov2_jax.evals.networks import load_network
 from dinov2_jax.evals.paper import datasets
 from dinov2_jax.evals.results import entry_name, read_record, rows, to_markdown, write_record

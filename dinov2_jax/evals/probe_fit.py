@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dinov2_jax.commands import positive
+from dinov2_jax.arguments import positive
 from dinov2_jax.evals.linear_probe import (
     LEARNING_RATES,
     Columns,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov2_jax.commands import positive
+from dinov2_jax.arguments import positive
 from dinov2_jax.data.files import DISK, Store
 from dinov2_jax.data.records import DataError, Source
 from dinov2_jax.data.sources import open_source

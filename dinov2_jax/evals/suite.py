@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dinov2_jax import distributed
-from dinov2_jax.commands import Parser
+from dinov2_jax.arguments import Parser
 from dinov2_jax.config import ConfigError, run_file
 from dinov2_jax.evals.command import LEAVING_SECS, load_model, make_parser, out_folder, run_task
 from dinov2_jax.evals.results import read_record, write_tables

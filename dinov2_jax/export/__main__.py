@@ -9,6 +9,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from dinov2_jax.arguments import Parser
 from dinov2_jax.convert.spec import INTERPOLATION_OF, INTERPOLATIONS
 from dinov2_jax.export.check import BATCHES, BOUND, ExportError, describe
 from dinov2_jax.export.write import FORMATS, export_model
@@ -21,14 +22,9 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width or height)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}; --help shows the options")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m dinov2_jax.export",
         description="Exports a DINOv2 backbone for other runtimes, and checks what it wrote.",
         allow_abbrev=False,

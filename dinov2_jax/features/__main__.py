@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import jax
 
 from dinov2_jax import distributed
-from dinov2_jax.commands import Parser, run_command
+from dinov2_jax.arguments import Parser
+from dinov2_jax.commands import run_command
 from dinov2_jax.features.extract import extract
 from dinov2_jax.features.outputs import DTYPES
 from dinov2_jax.model import load

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dinov2_jax.commands import INTERRUPTED, WRONG_INPUT, Parser, positive
+from dinov2_jax.arguments import Parser, positive
+from dinov2_jax.commands import INTERRUPTED, WRONG_INPUT
 from dinov2_jax.data.folder import FileSource
 from dinov2_jax.data.image_ops import resize_center_crop
 from dinov2_jax.data.records import Source

@@ -5,7 +5,7 @@ import hashlib
 import os
 import pathlib
 
-from dinov2_jax.commands import count, positive, positive_number
+from dinov2_jax.arguments import count, positive, positive_number
 
 
 class HeadFile:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dinov2_jax.commands import count, positive, positive_number
+from dinov2_jax.arguments import count, positive, positive_number
 from dinov2_jax.evals.dense import depth_views
 from dinov2_jax.evals.dense.charts import SHEET_FILE, depth_sheet
 from dinov2_jax.evals.dense.depth_sets import (

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov2_jax.commands import positive
+from dinov2_jax.arguments import positive
 from dinov2_jax.evals.classes import report_classes
 from dinov2_jax.evals.knn import few_shot_rows, knn_ranking
 from dinov2_jax.evals.results import Result

@@ -18,7 +18,7 @@ from etils import epath
 from PIL import Image
 
 from dinov2_jax import distributed
-from dinov2_jax.commands import positive
+from dinov2_jax.arguments import positive
 from dinov2_jax.evals.davis import LAYOUT, VOID, Clip, open_davis, read_masks
 from dinov2_jax.evals.mask_scores import boundary_accuracy, region_similarity, statistics
 from dinov2_jax.evals.propagation import labels_from_mask, mask_from_labels, propagate

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov2_jax.commands import positive
+from dinov2_jax.arguments import positive
 from dinov2_jax.evals.fitted import FEATURES, KINDS, Fit, fitted_features
 from dinov2_jax.evals.results import Result
 from dinov2_jax.evals.retrieval import (

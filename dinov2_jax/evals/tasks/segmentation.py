@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dinov2_jax.commands import count, positive, positive_number
+from dinov2_jax.arguments import count, positive, positive_number
 from dinov2_jax.data.ahead import map_ahead
 from dinov2_jax.evals.dense.bank import build_bank, patch_maps, voting_maps
 from dinov2_jax.evals.dense.charts import mask_sheets

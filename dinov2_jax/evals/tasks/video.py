@@ -8,7 +8,7 @@ import argparse
 
 import numpy as np
 
-from dinov2_jax.commands import positive
+from dinov2_jax.arguments import positive
 from dinov2_jax.evals.classes import report_classes
 from dinov2_jax.evals.pooled_frames import POOLINGS, pool_frames
 from dinov2_jax.evals.probe_fit import add_probe_flags, fit_probe, probe_what
