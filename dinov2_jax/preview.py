@@ -11,26 +11,28 @@ from dinov2_jax import inputs, report, startup
 from dinov2_jax.advice.cautions import warnings_of
 from dinov2_jax.advice.proposals import suggest
 from dinov2_jax.advice.settings import RunSettings
+from dinov2_jax.distributed import is_primary
 from dinov2_jax.sharding import batch_shards
 
 
 def show(config, flags: argparse.Namespace, workdir: epath.Path) -> None:
-    """Prints what `--dry_run` or `--suggest` asks for; writes nothing."""
+    """Prints, on the first process, what `--dry_run` or `--suggest` asks for; writes nothing."""
     source = inputs.open_data(config)
-    print(source.describe(), flush=True)
     trainer = startup.build_trainer(config, startup.build_mesh(config))
     num_images = len(source)
+    found = [source.describe()]
     if flags.dry_run:
-        print(
+        found.append(
             startup.describe(
                 config, trainer, config_path=flags.config, workdir=workdir, num_images=num_images
             )
         )
-    for line in warnings(config, trainer, num_images=num_images, has_hint=not flags.suggest):
-        print(line)
+    found += warnings(config, trainer, num_images=num_images, has_hint=not flags.suggest)
     if flags.suggest:
         run = run_settings(config, trainer, num_images=num_images)
-        print(report.suggestion_table(suggest(run)))
+        found.append(report.suggestion_table(suggest(run)))
+    if is_primary():
+        print("\n".join(found))
 
 
 def warnings(

@@ -100,6 +100,12 @@ def test_a_dry_run_ends_with_the_warnings_and_a_hint(tmp_path, capsys):
     assert any("memory a device" in line for line in out)
 
 
+def test_one_process_of_several_speaks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert run(tmp_path / "run", "--suggest", "--dry_run") == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_wrong_values_stay_errors(capsys):
     path = str(REPOSITORY / "configs" / "quickstart.py")
     assert main([f"--config={path}", "--suggest", "--config.optim.warmup_steps=401"]) == 2
