@@ -1,13 +1,14 @@
 """kNN of labelled images among each other, each left out of its own vote: less noise than a small
 validation set's. The trainer saw the images, never their labels.
 
-    python -m benchmarks.leave_one_out WORKDIR .. --data train.tar [--size 64]
+    python -m benchmarks.leave_one_out WORKDIR .. --data train.tar
 
-Prints one line a run and writes WORKDIR/evals/leave_one_out/result.json, which
-`benchmarks/ablations.py table` shows.
+At the size of the run's own evaluation. Prints one line a run and writes
+WORKDIR/evals/leave_one_out/result.json, which `benchmarks/ablations.py table` shows.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 
@@ -46,26 +47,32 @@ def others(queries: np.ndarray, bank: np.ndarray, *, k: int) -> tuple[np.ndarray
     return similarities[~itself].reshape(shape), rows[~itself].reshape(shape)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
-    parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
-    parser.add_argument("--data", required=True, help="labelled source")
-    parser.add_argument("--size", type=int, default=64, help="of the short side and the crop, px")
-    options = parser.parse_args()
-    source = open_source(options.data)
-    images = LabelledImages(
+@functools.cache
+def labelled(path: str, size: int) -> LabelledImages:
+    """Images of a source at the short side and crop of `size` px; decoded once."""
+    source = open_source(path)
+    return LabelledImages(
         source,
         label_names=tuple(source.label_names),
-        resize_size_px=options.size,
-        crop_size_px=options.size,
+        resize_size_px=size,
+        crop_size_px=size,
         num_channels=3,
         max_images=len(source),
         max_image_pixels=200_000_000,
         num_threads=2,
         max_cached_mb=4096,
     )
-    labels = np.array([label for _, label in images])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
+    parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
+    parser.add_argument("--data", required=True, help="labelled source")
+    options = parser.parse_args()
     for workdir in options.workdirs:
+        settings = json.loads((workdir / "config.json").read_text())
+        images = labelled(options.data, settings["eval"]["crop_size_px"])
+        labels = np.array([label for _, label in images])
         model = dinov2_jax.load(str(workdir))
         extract = FeatureExtractor(
             cls_and_mean_patch(model.apply), mean=model.spec.mean, std=model.spec.std
