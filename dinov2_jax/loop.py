@@ -178,9 +178,7 @@ class Loop:
             self._settle(0)
             folder = self._tracing.enter_context(made_locally(self.workdir / "profile"))
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = (
-                0  # every call of the decoding threads would drown the step
-            )
+            options.python_tracer_level = 0  # the decoding threads' calls would drown the step
             self._tracing.enter_context(jax.profiler.trace(str(folder), profiler_options=options))
             self._is_tracing = True
         elif self.step >= last:
@@ -257,6 +255,8 @@ class Loop:
         if not due:
             return
         self._settle(0)
+        if self.exchange.stop and step < rhythm.total:
+            return  # heard of only now; all of it is still owed after the resume
         if "evaluate" in due:
             self._evaluate()
         if "teacher" in due:

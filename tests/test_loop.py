@@ -41,7 +41,7 @@ class _Anything:
         return types.SimpleNamespace(device={}, host=batch)
 
 
-def _loop(calls, *, stop_at: int, total: int = 3, evaluate=None, keep_best=False):
+def _loop(calls, *, stop_at: int, total: int = 3, every=0, evaluate=None, keep_best=False):
     """A loop whose parts do nothing; a signal comes while step `stop_at` runs."""
     signals, parts = types.SimpleNamespace(received=None), _Anything(calls)
 
@@ -69,7 +69,7 @@ def _loop(calls, *, stop_at: int, total: int = 3, evaluate=None, keep_best=False
         images_per_step=2,
         speed=Speed(images=2, model_flops=1.0, executed_flops=1.0, devices=jax.devices()[:1]),
         goodput=Goodput(),
-        rhythm=Rhythm(total=total, log=1, checkpoint=0, evaluate=0, teacher=0),
+        rhythm=Rhythm(total=total, log=1, checkpoint=0, evaluate=every, teacher=every),
         limits=Limits(max_nonfinite_steps=0, check_collapse=False, warmup_steps=0),
         checkpoints=parts,
         writer=parts,
@@ -91,11 +91,15 @@ def test_a_signal_in_the_last_step_does_not_lose_what_the_last_step_owes():
     assert ("evaluate", 3) in calls and ("teacher", 3) in calls
 
 
-def test_a_signal_before_stops_without_an_evaluation():
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_before_stops_without_an_evaluation(monkeypatch, processes):
+    """Of several processes it is heard of when the step is there: when the evaluation is due."""
+    monkeypatch.setattr("jax.process_count", lambda: processes)
     calls = []
-    loop = _loop(calls, stop_at=2)
+    loop = _loop(calls, stop_at=2, every=1)
     assert not loop.run()
-    assert loop.step == 2 and ("evaluate", 2) not in calls and ("write", 2) in calls
+    assert loop.step == 2 and ("evaluate", 1) in calls and ("write", 2) in calls
+    assert ("evaluate", 2) not in calls and ("teacher", 2) not in calls
 
 
 def test_an_evaluation_that_cannot_be_done_stops_the_run_in_one_line():
