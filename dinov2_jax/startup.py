@@ -27,11 +27,7 @@ from dinov2_jax.models.vit import VARIANTS, VisionTransformer
 from dinov2_jax.objective import LossSettings
 from dinov2_jax.optim.optimizer import make_optimizer
 from dinov2_jax.optim.param_groups import parameter_groups
-from dinov2_jax.optim.schedules import (
-    Schedules,
-    describe_learning_rate,
-    scaled_learning_rate,
-)
+from dinov2_jax.optim.schedules import Schedules, describe_learning_rate, scaled_learning_rate
 from dinov2_jax.startup_heads import build_heads, describe_heads
 from dinov2_jax.train_state import Network, Params, TrainState, init_state
 from dinov2_jax.train_step import make_train_step
@@ -78,7 +74,13 @@ def build_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.model)
     devices = jax.devices() if devices is None else list(devices)
     if -1 not in sizes:
+        unused = {device.process_index for device in devices[math.prod(sizes) :]}
         devices = devices[: math.prod(sizes)]
+        if idle := sorted(unused - {device.process_index for device in devices}):
+            raise ConfigError(
+                f"mesh {'x'.join(map(str, sizes))} leaves processes {idle} without a device; set "
+                "mesh.data, mesh.fsdp or mesh.model to -1 to use all, or start fewer processes"
+            )
     with as_config_error():
         mesh = sharding.make_mesh(data=sizes[0], fsdp=sizes[1], model=sizes[2], devices=devices)
     check_groups(

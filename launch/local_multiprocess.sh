@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Several processes on one machine, as a rehearsal of several hosts: no accelerator needed.
 #
-#   launch/local_multiprocess.sh [PROCESSES] [DEVICES] -- --config=configs/quickstart.py ...
+#   launch/local_multiprocess.sh [PROCESSES] [DEVICES] -- FLAGS, such as
+#   launch/local_multiprocess.sh 2 4 -- --config=configs/quickstart.py \
+#       --config.mesh.data=-1 --config.group_size=4
 #
 # Starts PROCESSES (default 2) copies of `python -m dinov2_jax.train` with DEVICES (default 4) CPU
 # devices each, which find each other on loopback. Arguments after -- go to all of them. Exits with
@@ -12,7 +14,7 @@ processes=2 devices=4
 if [[ $# -gt 0 && $1 != -- ]]; then processes=$1 && shift; fi
 if [[ $# -gt 0 && $1 != -- ]]; then devices=$1 && shift; fi
 if [[ ${1:-} != -- || $# -lt 2 ]]; then
-    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 shift

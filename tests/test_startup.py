@@ -1,5 +1,7 @@
 """From a configuration to what a run computes with, without computing anything."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -68,6 +70,14 @@ def test_a_mesh_may_use_a_part_of_the_devices():
     assert mesh.size < len(jax.devices())
     with pytest.raises(ConfigError, match="mesh"):
         startup.build_mesh(load("mesh.data=3", "mesh.fsdp=-1", "group_size=8"))
+
+
+@pytest.mark.parametrize("used", [1, 2])
+def test_every_process_needs_a_device_of_the_mesh(used):
+    """The recipe for one device, started on three hosts of two devices each."""
+    devices = [types.SimpleNamespace(process_index=i // 2) for i in range(6)]
+    with pytest.raises(ConfigError, match=rf"mesh {used}x1x1 leaves processes \[1, 2\] without"):
+        startup.build_mesh(load(f"mesh.data={used}"), devices)
 
 
 def test_the_abstract_state_is_the_state():
