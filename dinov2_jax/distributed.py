@@ -23,9 +23,8 @@ from dinov2_jax.signals import StopSignals
 MODES = ("auto", "on", "off")
 # What a launcher sets where nothing can be detected.
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-# Variables that name one task among several: SLURM inside `srun`, OpenMPI.
+# Variables that name one task of SLURM among several, inside `srun`.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-_OPENMPI = ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE")
 
 Result = TypeVar("Result")
 
@@ -47,7 +46,8 @@ def detect(environ: Mapping[str, str], *, has_tpu: bool) -> dict[str, Any] | Non
       has_tpu: whether this is a Cloud TPU machine (`has_cloud_tpu`).
 
     Raises:
-      HostError: the variables are there in part, or are no numbers.
+      HostError: the variables are there in part, or are no numbers; or what finds the others by
+        them is missing.
     """
     given = [name for name in (ADDRESS, COUNT, INDEX) if environ.get(name)]
     if COUNT in given or INDEX in given:
@@ -68,6 +68,15 @@ def detect(environ: Mapping[str, str], *, has_tpu: bool) -> dict[str, Any] | Non
         }
     if has_tpu:
         return {}
+    # Before SLURM, whose variables it hands down to what it starts on other nodes.
+    if int(environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
+        if not environ.get("OMPI_MCA_orte_hnp_uri"):
+            raise HostError(
+                f"OpenMPI 5 does not say where the first process is; set {ADDRESS} (its host:port) "
+                f"and, in each process, {COUNT}=$OMPI_COMM_WORLD_SIZE and "
+                f"{INDEX}=$OMPI_COMM_WORLD_RANK, or --distributed=off"
+            )
+        return {"cluster_detection_method": "ompi"}
     if all(environ.get(name) for name in _SLURM) and int(environ["SLURM_NTASKS"]) > 1:
         gpus = int(environ.get("SLURM_GPUS_ON_NODE") or 0)
         tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_NTASKS_PER_NODE", "")
@@ -75,9 +84,12 @@ def detect(environ: Mapping[str, str], *, has_tpu: bool) -> dict[str, Any] | Non
         is_alone = tasks.split("(")[0] == "1" and gpus > 1
         local = {"local_device_ids": list(range(gpus))} if is_alone else {}
         return {"cluster_detection_method": "slurm", **local}
-    if all(environ.get(name) for name in _OPENMPI) and int(environ["OMPI_COMM_WORLD_SIZE"]) > 1:
-        return {"cluster_detection_method": "ompi"}
     if environ.get("KUBERNETES_SERVICE_HOST") and environ.get("JOB_COMPLETION_INDEX"):
+        if importlib.util.find_spec("kubernetes") is None:
+            raise HostError(
+                "a pod of an indexed Kubernetes Job finds the others by a package that is not "
+                "installed; pip install 'jax[k8s]', or use --distributed=off for a single pod"
+            )
         return {"cluster_detection_method": "k8s"}
     return None
 

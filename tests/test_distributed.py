@@ -48,16 +48,33 @@ SLURM = dict(
             dict(OMPI_MCA_orte_hnp_uri="1.0;tcp://a:1", OMPI_COMM_WORLD_SIZE="2"),
             dict(cluster_detection_method="ompi"),
         ),
-        (dict(OMPI_MCA_orte_hnp_uri="1.0;tcp://a:1", OMPI_COMM_WORLD_SIZE="1"), None),
+        # `mpirun` starts its daemons by `srun`: tasks of SLURM, of one number a node.
         (
-            dict(KUBERNETES_SERVICE_HOST="10.0.0.1", JOB_COMPLETION_INDEX="0"),
-            dict(cluster_detection_method="k8s"),
+            dict(OMPI_MCA_orte_hnp_uri="1.0;tcp://a:1", OMPI_COMM_WORLD_SIZE="8", **SLURM),
+            dict(cluster_detection_method="ompi"),
         ),
+        (dict(OMPI_MCA_orte_hnp_uri="1.0;tcp://a:1", OMPI_COMM_WORLD_SIZE="1"), None),
         (dict(KUBERNETES_SERVICE_HOST="10.0.0.1"), None),  # a notebook in a cluster
     ],
 )
 def test_detect(environ, expected):
     assert detect(environ, has_tpu=False) == expected
+
+
+def test_an_indexed_job_of_kubernetes(monkeypatch):
+    pod = dict(KUBERNETES_SERVICE_HOST="10.0.0.1", JOB_COMPLETION_INDEX="0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "kubernetes")
+    assert detect(pod, has_tpu=False) == dict(cluster_detection_method="k8s")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(HostError, match=r"pip install 'jax\[k8s\]', or use --distributed=off"):
+        detect(pod, has_tpu=False)
+
+
+def test_openmpi_5_is_told_what_to_set():
+    """It does not have the address of 4; each process would take itself for the only one."""
+    with pytest.raises(HostError, match=r"JAX_PROCESS_ID=\$OMPI_COMM_WORLD_RANK, or --distributed"):
+        detect(dict(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="1"), has_tpu=False)
+    assert detect(dict(OMPI_COMM_WORLD_SIZE="1"), has_tpu=False) is None
 
 
 def test_a_cloud_tpu_needs_no_arguments():
