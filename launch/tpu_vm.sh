@@ -2,7 +2,7 @@
 # Trains on Cloud TPU virtual machines: a slice of any size, on demand or as a spot reservation.
 #
 #   launch/tpu_vm.sh create            asks for the slice and waits until it is there
-#   launch/tpu_vm.sh setup             copies this repository to every host and installs it
+#   launch/tpu_vm.sh setup             copies the last commit to every host and installs it
 #   launch/tpu_vm.sh run [FLAGS]       starts, or resumes, the run on every host
 #   launch/tpu_vm.sh logs              follows the first host's output
 #   launch/tpu_vm.sh stop              SIGTERM: all hosts save together and stop
@@ -10,8 +10,9 @@
 #
 # Set in the environment: NAME (of the slice), ZONE, ACCELERATOR (such as v5litepod-256), WORKDIR
 # (gs://bucket/folder, which all hosts can write). Optional: PROJECT, VERSION (of the software;
-# default v2-alpha-tpuv5-lite for v5e), SPOT=1, QUEUED=1 (ask by a queued resource). FLAGS go to
-# `python -m dinov2_jax.train`; a preempted slice is created again and `run` goes on.
+# default v2-alpha-tpuv5-lite for v5e), SPOT=1, QUEUED=1 (ask by a queued resource),
+# DINOV2_JAX_TAR_INDEX (where all hosts keep the index of tar shards; default WORKDIR/tar_index).
+# FLAGS go to `python -m dinov2_jax.train`. After a preemption: delete, create, setup, run.
 set -euo pipefail
 
 : "${NAME:?set NAME to the name of the slice}" "${ZONE:?set ZONE, such as us-west4-a}"
@@ -30,8 +31,17 @@ create)
     if [[ -n ${QUEUED:-} ]]; then
         gcloud compute tpus queued-resources create "$NAME" --node-id "$NAME" "${where[@]}" \
             --accelerator-type "$ACCELERATOR" --runtime-version "$version" ${SPOT:+--spot}
-        until gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" \
-            --format 'value(state.state)' | grep -q '^ACTIVE$'; do
+        while true; do
+            state=$(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" \
+                --format 'value(state.state)')
+            case $state in
+            ACTIVE) break ;;
+            FAILED | SUSPENDING | SUSPENDED | DELETING)
+                echo "$NAME is $state and will not come; see why by gcloud compute tpus" \
+                    "queued-resources describe, then delete it and create it again" >&2
+                exit 1
+                ;;
+            esac
             sleep 30
         done
     else
@@ -40,26 +50,34 @@ create)
     fi
     ;;
 setup)
-    archive=$(mktemp --suffix .tar.gz)
-    trap 'rm -f "$archive"' EXIT
+    if [[ -n $(git -C "$repository" status --porcelain) ]]; then
+        echo "warning: what is not committed is not copied" >&2
+    fi
+    archive=$(mktemp -d)/dinov2_jax.tar.gz
+    trap 'rm -r "$(dirname "$archive")"' EXIT
     git -C "$repository" archive --format tar.gz --prefix dinov2_jax/ --output "$archive" HEAD
     gcloud compute tpus tpu-vm scp "$archive" "$NAME:dinov2_jax.tar.gz" "${where[@]}" --worker=all
-    everywhere "tar xzf dinov2_jax.tar.gz && python3 -m venv ~/venv &&
-        ~/venv/bin/pip install --quiet -e './dinov2_jax[tpu,gcs]'"
+    # The images are Ubuntu 22.04, whose python3 is 3.10: too old. uv brings its own.
+    everywhere "tar xzf dinov2_jax.tar.gz && python3 -m pip install --quiet --user uv &&
+        ~/.local/bin/uv venv --quiet --allow-existing --python 3.11 ~/venv &&
+        ~/.local/bin/uv pip install --quiet --python ~/venv/bin/python -e './dinov2_jax[tpu,gcs]'"
     ;;
 run)
     shift
     : "${WORKDIR:?set WORKDIR to gs://bucket/folder}"
     flags=$(printf ' %q' "$@")
     # In the background of every host, so that a lost connection does not end the run.
-    everywhere "cd dinov2_jax && nohup ~/venv/bin/python -m dinov2_jax.train --distributed=on \
+    index=${DINOV2_JAX_TAR_INDEX:-${WORKDIR%/}/tar_index}
+    everywhere "cd dinov2_jax && DINOV2_JAX_TAR_INDEX=$(printf %q "$index") nohup \
+        ~/venv/bin/python -m dinov2_jax.train --distributed=on \
         --workdir=$(printf %q "$WORKDIR")$flags > ~/train.log 2>&1 < /dev/null & sleep 5; tail -n 3 ~/train.log"
     ;;
 logs)
     gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=0 --command 'tail -n 50 -F ~/train.log'
     ;;
 stop)
-    everywhere 'pkill -TERM -f dinov2_jax.train || true'
+    # In brackets, or the pattern would find the shell that it is given to.
+    everywhere 'pkill -TERM -f "[d]inov2_jax.train" || true'
     ;;
 delete)
     if [[ -n ${QUEUED:-} ]]; then
@@ -69,7 +87,7 @@ delete)
     fi
     ;;
 *)
-    sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

@@ -5,15 +5,16 @@
 #
 # Set in the environment: CLUSTER, TPU_TYPE (such as v5litepod-256), WORKDIR (gs://bucket/folder).
 # Optional: WORKLOAD (its name), NUM_SLICES (default 1), IMAGE (a pushed image of launch/Dockerfile;
-# without it this folder is put on top of BASE_IMAGE), PROJECT, ZONE, PRIORITY. The same command
-# under a new WORKLOAD goes on from the last checkpoint.
+# without it this folder is put on top of BASE_IMAGE), PROJECT, ZONE, PRIORITY, DINOV2_JAX_TAR_INDEX
+# (where all hosts keep the index of tar shards; default WORKDIR/tar_index). The same command under
+# a new WORKLOAD goes on from the last checkpoint.
 set -euo pipefail
 
 : "${CLUSTER:?set CLUSTER}" "${TPU_TYPE:?set TPU_TYPE, such as v5litepod-256}"
 : "${WORKDIR:?set WORKDIR to gs://bucket/folder}"
 slices=${NUM_SLICES:-1}
 if [[ $# -eq 0 ]]; then
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 
@@ -30,6 +31,8 @@ xpk workload create \
     --tpu-type "$TPU_TYPE" \
     --num-slices "$slices" \
     --max-restarts 20 \
+    --termination-grace-period-seconds 300 \
+    --env "DINOV2_JAX_TAR_INDEX=${DINOV2_JAX_TAR_INDEX:-${WORKDIR%/}/tar_index}" \
     ${PRIORITY:+--priority "$PRIORITY"} ${PROJECT:+--project "$PROJECT"} ${ZONE:+--zone "$ZONE"} \
     "${image[@]}" \
     --command "python -m dinov2_jax.train$flags"
