@@ -2,7 +2,7 @@
 
 `python -m dinov2_jax.compile --config=configs/vitg14.py --topology=v5e:16x16`. The very step that
 `train` runs, by the very compiler, on any machine; see docs/pods.md for what the estimates mean.
-Exit codes: 0 it fits, 1 it does not, 2 wrong input.
+Exit codes: 0 it fits, 1 it does not, 2 wrong input, or a compiler that fails.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from dinov2_jax import sharding, startup, workload
 from dinov2_jax.config_rules import ConfigError
 from dinov2_jax.cost.estimate import Estimate, estimate
 from dinov2_jax.cost.hlo import Program
-from dinov2_jax.cost.memory import memory_of, memory_of_failure
+from dinov2_jax.cost.memory import CompilerError, memory_of, memory_of_failure
 from dinov2_jax.cost.topology import Topology, TopologyError, open_topology
 from dinov2_jax.flags import parse_with_overrides
 
@@ -65,7 +65,14 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("--hlo", metavar="FILE", help="write the compiled program there")
-    return parse_with_overrides(parser, argv)
+    flags = parse_with_overrides(parser, argv)
+    if flags.fits_only and flags.breakdown:
+        raise ConfigError("--breakdown is of the time, which --fits_only leaves out; drop one")
+    for name, file in (("json", flags.json), ("hlo", flags.hlo)):
+        folder = pathlib.Path(file or "").parent
+        if not folder.is_dir():  # found out now and not after minutes
+            raise ConfigError(f"--{name}={file}: there is no folder {folder}; create it")
+    return flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,15 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = parse_flags(sys.argv[1:] if argv is None else argv)
         config = config_lib.load_config(flags.config, flags.overrides, needs_data=False)
         topology = open_topology(flags.topology, num_slices=flags.slices)
-        result = (
-            find_max_batch(config, topology)
-            if flags.find_max_batch
-            else check(config, topology, is_quick=flags.fits_only, hlo_file=flags.hlo)
-        )
-    except (ConfigError, TopologyError) as error:
+        run = find_max_batch if flags.find_max_batch else check
+        figures, step = run(config, topology, is_quick=flags.fits_only, hlo_file=flags.hlo)
+    except (ConfigError, TopologyError, CompilerError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return WRONG_INPUT
-    figures, step = result
     print_figures(figures)
     if step is not None:
         print_estimate(figures, step, breakdown=flags.breakdown)
@@ -94,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(
     config, topology: Topology, *, is_quick: bool = False, hlo_file: str | None = None
 ) -> tuple[dict, Estimate | None]:
-    """Compiles the step of a configuration.
+    """Compiles the step of a configuration, and writes the program to `hlo_file`, if given.
 
     Returns:
       The figures, by the names that `--json` writes; and the time estimate, if it fits and was
@@ -102,6 +105,7 @@ def check(
 
     Raises:
       ConfigError: the configuration cannot run on these devices.
+      CompilerError: the compiler fails, and not for want of memory.
     """
     mesh = startup.build_mesh(config, topology.devices)
     chip = topology.chip
@@ -140,12 +144,11 @@ def check(
         "estimated_step_seconds": None,
         "estimated_mfu": None,
     }
+    if compiled is not None and hlo_file:
+        pathlib.Path(hlo_file).write_text(compiled.as_text())
     if compiled is None or is_quick:
         return figures, None
-    text = compiled.as_text()
-    if hlo_file:
-        pathlib.Path(hlo_file).write_text(text)
-    step = estimate(Program(text), chip)
+    step = estimate(Program(compiled.as_text()), chip)
     figures["collective_bytes"] = step.collective_bytes
     figures["warnings"] = step.warnings
     if chip.clock_hz:
@@ -158,7 +161,9 @@ def check(
     return figures, step
 
 
-def find_max_batch(config, topology: Topology) -> tuple[dict, Estimate | None]:
+def find_max_batch(
+    config, topology: Topology, *, is_quick: bool = False, hlo_file: str | None = None
+) -> tuple[dict, Estimate | None]:
     """The check of the largest batch that fits, found by doubling, then halving.
 
     Batches are whole groups for every batch shard and micro-batch. The search compiles quickly,
@@ -189,7 +194,7 @@ def find_max_batch(config, topology: Topology) -> tuple[dict, Estimate | None]:
         return figures, None
     with config.unlocked():
         config.global_batch_size = most * unit
-    return check(config, topology)
+    return check(config, topology, is_quick=is_quick, hlo_file=hlo_file)
 
 
 def print_figures(figures: dict) -> None:

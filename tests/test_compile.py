@@ -1,5 +1,6 @@
 """The compile check, end to end: tiny steps for topologies that are not there."""
 
+import dataclasses
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import pytest
 from dinov2_jax import compile, config, startup, workload
 from dinov2_jax.config import REPOSITORY
 from dinov2_jax.cost.chips import TPUS
-from dinov2_jax.cost.topology import is_installed, open_topology
+from dinov2_jax.cost.topology import Topology, is_installed, open_topology
 
 
 @pytest.fixture
@@ -110,10 +111,11 @@ def test_gpus_too(tmp_path):
 
 
 def test_max_batch_is_found_by_doubling_and_halving(monkeypatch, capsys):
-    tried = []
+    tried, last = [], []
 
-    def check(cfg, topology, *, is_quick=False):
+    def check(cfg, topology, **settings):
         tried.append(cfg.global_batch_size)
+        last[:] = [settings]
         return {"fits": cfg.global_batch_size <= 44, "batch": cfg.global_batch_size}, None
 
     monkeypatch.setattr(compile, "check", check)
@@ -128,9 +130,12 @@ def test_max_batch_is_found_by_doubling_and_halving(monkeypatch, capsys):
 
     assert compile.find_max_batch(cfg, EightDevices)[0] == {"fits": True, "batch": 32}
     assert tried == [32, 64, 32]  # 8 shards of groups of 4; then the check of the best
+    assert last == [{"is_quick": False, "hlo_file": None}]
     tried.clear()
     EightDevices.devices = jax.devices()[:1]
-    assert compile.find_max_batch(cfg, EightDevices)[0] == {"fits": True, "batch": 44}
+    found = compile.find_max_batch(cfg, EightDevices, is_quick=True, hlo_file="step.hlo")
+    assert found[0] == {"fits": True, "batch": 44}
+    assert last == [{"is_quick": True, "hlo_file": "step.hlo"}]
     assert tried == [4, 8, 16, 32, 64, 48, 40, 44, 44]
     assert "global_batch_size=48 does not fit" in capsys.readouterr().out
 
@@ -162,12 +167,30 @@ def test_no_batch_fits(monkeypatch):
         ([*flags("v5e:2x2"), "--slices=two"], "slices"),
         ([*flags("v5e:2x2"), "--find_max_batches"], "did you mean --find_max_batch"),
         (flags("v5e:2x2", **{"optim.clip_nrom": 3}), "clip_norm"),
+        ([*flags("v5e:2x2"), "--json=no/such/file"], "--json=no/such/file: there is no folder no/"),
+        ([*flags("v5e:2x2"), "--hlo=no/file"], "--hlo=no/file: there is no folder no; create it"),
+        ([*flags("v5e:2x2"), "--fits_only", "--breakdown"], "--fits_only leaves out"),
     ],
 )
 def test_wrong_input_is_one_line(argv, message, capsys):
     assert compile.main(argv) == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") == 1
+
+
+def test_a_compiler_that_fails_is_one_line_and_not_a_step_that_does_not_fit(monkeypatch, capsys):
+    """The real `check`, on this machine's devices, with a compiler that has a bug."""
+
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed\nat line 7")
+
+    chip = dataclasses.replace(TPUS["v5e"], name="cpu")
+    topology = Topology("cpu:1", 1, chip, jax.devices()[:1])
+    monkeypatch.setattr(compile, "open_topology", lambda *_, **__: topology)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    assert compile.main([*flags("v5e:2x2"), "--config.compiler_preset="]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: the compiler failed: INTERNAL: Mosaic failed at line 7\n"
 
 
 @pytest.mark.usefixtures("libtpu")

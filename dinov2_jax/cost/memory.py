@@ -11,6 +11,10 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
 
 
+class CompilerError(RuntimeError):
+    """A compiler that fails for another reason than memory; its text is the compiler's."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Of one device, in bytes.
@@ -44,14 +48,14 @@ def memory_of_failure(message: str, chip: Chip) -> Memory:
     """What the compiler's refusal says.
 
     Raises:
-      ValueError: it refuses for another reason than memory; the message is the compiler's.
+      CompilerError: it refuses for another reason than memory.
     """
     if "RESOURCE_EXHAUSTED" not in message:
-        raise ValueError(f"the compiler failed: {message}")
+        raise CompilerError(f"the compiler failed: {message}")
     used = re.search(rf"[Uu]sed {_SIZE} of {_SIZE} hbm", message)
     used = used or re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
     if used is None:
-        raise ValueError(f"the compiler's refusal is not understood: {message}")
+        raise CompilerError(f"the compiler's refusal is not understood: {message}")
     peak = int(float(used[1]) * _UNITS[used[2]])
     limit = int(float(used[3]) * _UNITS[used[4]])
     by_kind = {

@@ -5,7 +5,7 @@ import types
 import pytest
 
 from dinov2_jax.cost.chips import TPUS
-from dinov2_jax.cost.memory import memory_of, memory_of_failure
+from dinov2_jax.cost.memory import CompilerError, memory_of, memory_of_failure
 
 V5E = TPUS["v5e"]
 
@@ -45,5 +45,5 @@ def test_a_refusal_says_by_how_much(message):
 
 @pytest.mark.parametrize("message", ["INTERNAL: a bug", "RESOURCE_EXHAUSTED: of something"])
 def test_other_failures_are_not_hidden(message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(CompilerError, match=message):
         memory_of_failure(message, V5E)
