@@ -24,6 +24,8 @@ from dinov2_jax.storage import GrowingFile, is_url
 CONFIG_FILE = "config.json"
 BAD_IMAGES_FILE = "bad_images.txt"
 LOCK_FILE = ".lock"
+# What a file system without locks says: Lustre as it is often mounted, some of FUSE's.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 class WorkdirError(RuntimeError):
@@ -60,7 +62,7 @@ def workdir_path(path: str) -> epath.Path:
 def open_workdir(path: epath.PathLike) -> Iterator[epath.Path]:
     """Creates the workdir, finds out whether it can be written, and holds it for this process.
 
-    An object store has no locks: of two runs at one URL, neither is refused.
+    An object store has no locks, nor have some file systems: of two runs there, neither is refused.
 
     Raises:
       WorkdirError: it cannot be created or written, or another run holds it.
@@ -76,7 +78,11 @@ def open_workdir(path: epath.PathLike) -> Iterator[epath.Path]:
         probe = workdir / LOCK_FILE
         # Released when the process ends, in whatever way.
         lock = open(probe, "a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         probe.write_text(secrets.token_hex())
     except BlockingIOError as error:
         lock.close()
@@ -84,6 +90,8 @@ def open_workdir(path: epath.PathLike) -> Iterator[epath.Path]:
             f"--workdir={workdir} is in use by another run; wait for it, or choose another"
         ) from error
     except OSError as error:
+        if lock is not None:
+            lock.close()
         raise WorkdirError(
             f"--workdir={workdir} cannot be written ({error.strerror or error}); choose another"
         ) from error

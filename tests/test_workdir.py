@@ -1,6 +1,9 @@
 """The workdir: one run at a time, a guarded configuration, bad images named once."""
 
+import contextlib
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -23,6 +26,17 @@ def test_it_is_created_and_held_until_it_is_left(tmp_path):
             pass
     with open_workdir(path):
         pass
+
+
+@pytest.mark.parametrize(("code", "is_refused"), [(errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_file_system_without_locks_is_good_enough(tmp_path, monkeypatch, code, is_refused):
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    refusal = pytest.raises(WorkdirError, match="cannot be written")
+    with refusal if is_refused else contextlib.nullcontext(), open_workdir(tmp_path) as workdir:
+        assert (workdir / ".lock").read_text()
 
 
 def test_one_below_a_file_cannot_be_written(tmp_path):
