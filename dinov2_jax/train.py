@@ -125,6 +125,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
         )
         if evaluation is not None:
             say(evaluation.describe())
+            distributed.check_same("evaluation", evaluation.describe())
         for line in preview.warnings(config, trainer, num_images=len(source)):
             say(line)
         try:

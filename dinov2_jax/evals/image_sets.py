@@ -1,7 +1,7 @@
 """Labelled images for evaluation: of a labelled source, or crops that know their photo.
 
 Both are iterables of (uint8 image `[height, width, c]`, label), of one image shape, the same at
-every pass. Images that cannot be read are left out and counted.
+every pass. Images that cannot be read are left out and counted; `slots` has their places too.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from dinov2_jax.data.image_ops import decode, resize_center_crop
 from dinov2_jax.data.multicrop import random_resized_crop
 from dinov2_jax.data.records import BadImage, Source
 
+UNREADABLE = -1  # for a label
 _DECODED_AHEAD = 128  # images
 
 
@@ -36,6 +37,8 @@ class FixedImages:
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
         return zip(self._images, self._labels.tolist(), strict=True)
+
+    slots = __iter__  # all of them can be read
 
 
 class LabelledImages:
@@ -99,6 +102,7 @@ class LabelledImages:
         self._labels = [label_names.index(name) for name in names]
         self._sizes = {"resize": resize_size_px, "crop": crop_size_px}
         self._reading = {"num_channels": num_channels, "max_pixels": max_image_pixels}
+        self._black = np.zeros((crop_size_px, crop_size_px, num_channels), np.uint8)
         self._num_threads = num_threads
         total_mb = len(self._chosen) * crop_size_px**2 * num_channels / 2**20
         self._is_cached = total_mb <= max_cached_mb
@@ -116,14 +120,17 @@ class LabelledImages:
         return len(self._chosen) - len(self._bad)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
-        items = map_ahead(
+        return (item for item in self.slots() if item[1] != UNREADABLE)
+
+    def slots(self) -> Iterator[tuple[np.ndarray, int]]:
+        """Every chosen image; one that cannot be read is black, and its label `UNREADABLE`."""
+        return map_ahead(
             self._read, self._chosen, num_threads=self._num_threads, ahead=_DECODED_AHEAD
         )
-        return (item for item in items if item is not None)
 
-    def _read(self, index: int) -> tuple[np.ndarray, int] | None:
+    def _read(self, index: int) -> tuple[np.ndarray, int]:
         if index in self._bad:
-            return None
+            return self._black, UNREADABLE
         if index in self._cache:
             return self._cache[index]
         try:
@@ -131,7 +138,7 @@ class LabelledImages:
             image = resize_center_crop(decode(record.image, **self._reading), **self._sizes)
         except BadImage as error:
             self._bad[index] = (self._source.name(index), str(error))
-            return None
+            return self._black, UNREADABLE
         item = (image, self._labels[record.label])
         if self._is_cached:
             self._cache[index] = item

@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dinov2_jax.data.records import Source
 from dinov2_jax.evals.baselines import baseline_features
-from dinov2_jax.evals.image_sets import ImageSet, LabelledImages, identity_crops
+from dinov2_jax.evals.image_sets import UNREADABLE, ImageSet, LabelledImages, identity_crops
 from dinov2_jax.evals.knn import knn_accuracy
 from dinov2_jax.features.extractor import Arrays, FeatureExtractor, cls_and_mean_patch
 from dinov2_jax.models.vit import BackboneOutput
@@ -97,7 +98,8 @@ class InRunEvaluation:
         bank, bank_labels = self._compute(self.bank, params)
         queries, query_labels = self._compute(self.queries, params)
         results = self._accuracies(bank, bank_labels, queries, query_labels, prefix="random_init_")
-        bank, queries = baseline_features(self.bank), baseline_features(self.queries)
+        bank, bank_labels = self._agreed(self.bank, baseline_features)
+        queries, query_labels = self._agreed(self.queries, baseline_features)
         results |= self._accuracies(bank, bank_labels, queries, query_labels, prefix="")
         counts = {
             "chance": np.bincount(query_labels).max() / len(query_labels),
@@ -108,15 +110,30 @@ class InRunEvaluation:
         return results | {f"knn/{self.name}/{key}": float(x) for key, x in counts.items()}
 
     def _compute(self, images: ImageSet, params: Any) -> tuple[Arrays, np.ndarray]:
+        return self._agreed(
+            images, lambda slots: self._extractor(params, (image for image, _ in slots))
+        )
+
+    def _agreed(self, images: ImageSet, features_of: Callable) -> tuple[Arrays, np.ndarray]:
+        """Features and labels of the images that every host could read.
+
+        All hosts go through all slots: the features of a batch are computed by all together, and a
+        host that left one out would make the others wait for ever.
+        """
         labels = []
 
-        def unlabelled():
-            for image, label in images:
+        def slots():
+            for image, label in images.slots():
                 labels.append(label)
-                yield image
+                yield image, label
 
-        features = self._extractor(params, unlabelled())
-        return features, np.array(labels)
+        features, labels = features_of(slots()), np.array(labels, np.int32)
+        if jax.process_count() > 1:
+            labels = multihost_utils.process_allgather(labels).min(axis=0)
+        is_readable = labels != UNREADABLE
+        if not is_readable.any():
+            raise ValueError(f"none of the {len(labels)} images can be read ({images.what})")
+        return {name: x[is_readable] for name, x in features.items()}, labels[is_readable]
 
     def _accuracies(self, bank, bank_labels, queries, query_labels, *, prefix: str):
         accuracies = {}

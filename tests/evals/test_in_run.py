@@ -72,6 +72,35 @@ def test_unreadable_images_are_left_out_and_counted():
     assert baselines["knn/colors/num_queries"] == 7
 
 
+def test_what_another_host_cannot_read_is_left_out_here_too(monkeypatch):
+    """Of four queries this host lacks the first, the other one the last; both compute all four."""
+    queries = colored_source(4, classes=("red", "green"), seed=1)
+    queries.records[0] = queries.records[0]._replace(image=b"")
+    evaluation = labelled(colored_source(15), queries)
+    gathered = []
+
+    def gather(own):
+        other = own.copy()
+        if len(own) == 4:
+            gathered.append(own.tolist())
+            other[:] = [0, *own[1:3], image_sets.UNREADABLE]
+        return np.stack([own, other])
+
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", gather)
+    baselines = evaluation.baselines(np.float32(1))
+    assert len(gathered) == 2 and all(own[0] == -1 and min(own[1:]) >= 0 for own in gathered)
+    assert baselines["knn/colors/num_queries"] == 2
+    assert baselines["knn/colors/color_stats"] == 1.0
+
+
+def test_a_set_of_which_nothing_can_be_read_is_an_error():
+    queries = colored_source(3, seed=1)
+    queries.records = [record._replace(image=b"") for record in queries.records]
+    with pytest.raises(ValueError, match=r"none of the 3 images can be read \(images of 3 cl"):
+        labelled(colored_source(15), queries)(np.float32(1))
+
+
 @pytest.mark.parametrize(("max_cached_mb", "reads"), [(100, 9), (0, 27)])
 def test_images_are_decoded_once_if_they_fit(max_cached_mb, reads):
     queries = colored_source(9, seed=1)
