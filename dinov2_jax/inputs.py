@@ -24,7 +24,7 @@ from dinov2_jax.data.multicrop import MultiCrop
 from dinov2_jax.data.pipeline import Batches, make_batches
 from dinov2_jax.data.records import BadImage, DataError, Source
 from dinov2_jax.data.sources import open_mixture, open_source
-from dinov2_jax.distributed import is_primary
+from dinov2_jax.distributed import check_same, is_primary, together
 from dinov2_jax.evals.in_run import InRunEvaluation, crop_identity, labelled_knn
 from dinov2_jax.sharding import host_groups
 from dinov2_jax.startup import Trainer, as_config_error, build_augment
@@ -235,7 +235,9 @@ def draw_patches(config, trainer: Trainer, source: Source, teacher: Any, path: e
         num_channels=config.data.in_channels,
         max_image_pixels=config.data.max_image_pixels,
     )
-    photos = reader.sample(12)
+    # Else a host that cannot read one, or fails, would leave the others waiting for its patches.
+    photos = together(lambda: reader.sample(12))
+    check_same("set of photos to draw", "\n".join(photo.name for photo in photos))
 
     # Replicated, so that every process can read it.
     @functools.partial(jax.jit, out_shardings=NamedSharding(trainer.mesh, PartitionSpec()))

@@ -1,5 +1,7 @@
 """From a configuration to what reads images."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 from dinov2_jax import inputs
 from dinov2_jax.config import REPOSITORY, load_config
 from dinov2_jax.data.records import DataError
+from dinov2_jax.distributed import HostError
 from dinov2_jax.sharding import make_mesh
 from tests.small_run import QUICKSTART, SHRINK
 
@@ -83,3 +86,17 @@ def test_every_shipped_recipe_describes_masks_of_its_grid():
         grid = config.crops.global_crop_size_px // config.model.patch_size
         masks = inputs.build_masks(config)
         assert (masks.rows, masks.cols) == (grid, grid), path.name
+
+
+def test_nothing_is_drawn_of_photos_that_another_host_cannot_read(tmp_path, monkeypatch):
+    """Said before the first computation, which all hosts must take part in."""
+
+    def differ(what, text):
+        assert text.count("\n") == 11 and "\n\n" not in text  # the names of twelve photos
+        raise HostError(f"another {what}")
+
+    monkeypatch.setattr(inputs, "check_same", differ)
+    trainer = types.SimpleNamespace(mesh=make_mesh())
+    config = load()
+    with pytest.raises(HostError, match="another set of photos to draw"):
+        inputs.draw_patches(config, trainer, inputs.open_data(config), None, tmp_path / "pca.png")
