@@ -126,7 +126,8 @@ def check(
         "slices": topology.num_slices,
         "mesh": dict(mesh.shape),
         "remat": trainer.network.backbone.remat,
-        "attention": config.attention,
+        "attention": trainer.network.backbone.attention,
+        "heads": startup.describe_heads(config, mesh)[0],
         "grad_accumulation_steps": config.grad_accumulation_steps,
         "dtype": str(jnp.dtype(trainer.network.backbone.dtype)),
         "fits": memory.fits,
@@ -204,7 +205,8 @@ def print_figures(figures: dict) -> None:
         f"{figures['topology']}"
         + (f" x {figures['slices']} slices" if figures["slices"] > 1 else "")
         + f": {figures['devices']} devices, mesh {axes}; batch {figures['global_batch_size']} in "
-        f"groups of {figures['group_size']}; {figures['dtype']}, remat {figures['remat']}; "
+        f"groups of {figures['group_size']}; {figures['dtype']}, remat {figures['remat']}, "
+        f"attention {figures['attention']}, prototypes {figures['heads']}; "
         f"compiled in {figures['compile_seconds']:.0f} s"
     )
     kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in figures["hbm_bytes"].items())

@@ -3,7 +3,6 @@
 Part of the door, beside `startup.py`: reads the configuration, calls what takes plain arguments.
 """
 
-import jax
 from jax.sharding import Mesh
 
 from dinov2_jax import report, sharding
@@ -11,10 +10,10 @@ from dinov2_jax.losses.head_modes import BlockHeads, HeadMode, choose_head_mode
 
 
 def build_heads(config, mesh: Mesh) -> HeadMode:
-    """What `heads` means on this backend, for this many rows and prototypes."""
+    """What `heads` means on the mesh's devices, for this many rows and prototypes."""
     return choose_head_mode(
         config.heads,
-        backend=jax.default_backend(),
+        platform=mesh.devices.flat[0].platform,  # which need not be this machine's
         logit_bytes=logit_bytes(config, mesh),
         block_size=config.head_block_size,
     )

@@ -1,5 +1,8 @@
 """How a run chooses its way through the prototypes, and how it says so."""
 
+import types
+
+import numpy as np
 import pytest
 
 from dinov2_jax import startup_heads
@@ -27,6 +30,17 @@ def build(*overrides: tuple[str, str], **mesh: int):
 )
 def test_the_choice_follows_batch_and_configuration(overrides, expected):
     assert build(*overrides)[0] == expected
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("tpu", BlockHeads()), ("gpu", DenseHeads())])
+def test_the_choice_is_that_of_the_mesh_and_not_of_this_machine(platform, expected):
+    """The compile check, on a CPU, must compile what a TPU will run."""
+    devices = np.array([types.SimpleNamespace(platform=platform)])
+    mesh = types.SimpleNamespace(devices=devices, shape={"data": 1, "fsdp": 1, "model": 1})
+    config = load_config(
+        CONFIG, [("global_batch_size", "8"), ("group_size", "8")], needs_data=False
+    )
+    assert startup_heads.build_heads(config, mesh) == expected
 
 
 def test_logits_are_shared_by_devices_and_belong_to_losses():

@@ -248,19 +248,19 @@ MAX_DENSE_BYTES = 2 * 2**30
 
 
 def choose_head_mode(
-    heads: str, *, backend: str, logit_bytes: int, block_size: int = 0
+    heads: str, *, platform: str, logit_bytes: int, block_size: int = 0
 ) -> HeadMode:
     """The mode that `heads` ("auto", "dense" or "blocks") means.
 
     Args:
       heads: "auto" is blocks on a TPU, and wherever dense heads take above `MAX_DENSE_BYTES`.
-      backend: "cpu", "gpu" or "tpu".
+      platform: of the devices, such as "cpu" or "tpu".
       logit_bytes: what dense heads would take on one device.
       block_size: of `BlockHeads`.
     """
     if heads == "auto":
         is_large = logit_bytes > MAX_DENSE_BYTES
-        heads = "blocks" if backend == "tpu" or is_large else "dense"
+        heads = "blocks" if platform == "tpu" or is_large else "dense"
     return BlockHeads(block_size) if heads == "blocks" else DenseHeads()
 
 

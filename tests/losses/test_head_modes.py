@@ -90,7 +90,7 @@ def test_blocks_step_as_dense_heads_do(case):
 
 
 @pytest.mark.parametrize(
-    ("heads", "backend", "logit_bytes", "expected"),
+    ("heads", "platform", "logit_bytes", "expected"),
     [
         ("auto", "cpu", head_modes.MAX_DENSE_BYTES, DenseHeads()),
         ("auto", "cpu", head_modes.MAX_DENSE_BYTES + 1, BlockHeads(8)),
@@ -100,6 +100,8 @@ def test_blocks_step_as_dense_heads_do(case):
         ("blocks", "cpu", 0, BlockHeads(8)),
     ],
 )
-def test_the_choice(heads, backend, logit_bytes, expected):
-    got = head_modes.choose_head_mode(heads, backend=backend, logit_bytes=logit_bytes, block_size=8)
+def test_the_choice(heads, platform, logit_bytes, expected):
+    got = head_modes.choose_head_mode(
+        heads, platform=platform, logit_bytes=logit_bytes, block_size=8
+    )
     assert got == expected
