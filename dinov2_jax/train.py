@@ -109,7 +109,8 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
             distributed.on_primary(lambda: clear_leftovers(workdir, LEFTOVERS))
         source = distributed.together(lambda: inputs.open_data(config))
         say(source.describe())
-        distributed.check_same("number of images", f"{len(source)}")
+        rejected = [name for name, _ in source.rejected]
+        distributed.check_same("set of images", f"{len(source)} but for {rejected}")
         bad_images = distributed.together(
             lambda: inputs.build_bad_images(config, source, workdir, is_writer=is_primary)
         )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2_jax import inputs, train
+from dinov2_jax import distributed, inputs, train
 from dinov2_jax.metrics import read_metrics
 from tests.small_run import after_line, repeatable, run
 
@@ -205,3 +205,21 @@ def test_a_full_disk_is_one_line_and_loses_nothing_saved(finished, tmp_path, mon
     assert error.count("\n") == 1 and "no space left" in error and "Traceback" not in error
     assert run(tmp_path) == 0
     assert repeatable(tmp_path) == repeatable(finished)
+
+
+def test_hosts_must_agree_on_the_unreadable_images_too(tmp_path, monkeypatch, capsys):
+    """Hosts that each lack another image have as many, under other numbers."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(5):
+        Image.new("RGB", (20, 20)).save(photos / f"{i}.png")
+    (photos / "2.png").write_bytes(b"")
+
+    def check_same(what, text):
+        if what == "set of images":
+            assert text.startswith("4 but for") and "2.png" in text
+            raise distributed.HostError("another set of images")
+
+    monkeypatch.setattr(distributed, "check_same", check_same)
+    assert run(tmp_path / "run", data__path=photos, eval__kind="none") == 2
+    assert "another set of images" in capsys.readouterr().err
