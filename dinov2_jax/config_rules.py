@@ -136,10 +136,11 @@ def _check_each(config) -> None:
         if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
             raise ConfigError(f"{key}={pair} must be (low, high) with 0 < low <= high")
     profile = re.fullmatch(r"(\d+):(\d+)", config.profile_steps)
-    if config.profile_steps and not (profile and int(profile[1]) < int(profile[2])):
+    in_run = profile and int(profile[1]) < min(int(profile[2]), config.total_steps)
+    if config.profile_steps and not in_run:
         raise ConfigError(
-            f"profile_steps={config.profile_steps!r} must be first:last with first < last, "
-            "like 10:13"
+            f"profile_steps={config.profile_steps!r} must be first:last with first < last, like "
+            f"10:13, and begin before the end, total_steps={config.total_steps}"
         )
     for key in ("optim.adam_b1", "optim.adam_b2"):
         if _value(config, key) == 1:

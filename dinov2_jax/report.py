@@ -129,9 +129,9 @@ def estimate_activation_bytes(
 ) -> int:
     """A rough upper figure of what one device keeps of the backbone for the backward pass.
 
-    In bytes. Per token and block: the normalised inputs, queries, keys, values, the branches'
-    outputs and the hidden layer before and after its nonlinearity, and the attention's
-    probabilities.
+    In bytes. Per token and block, without remat: the normalised inputs, queries, keys, values, the
+    branches' outputs, the hidden layer before and after its nonlinearity, and the attention's
+    probabilities. With it the block's input, and what `models.block.remat_block` keeps.
 
     Args:
       images: on one device.
@@ -140,14 +140,18 @@ def estimate_activation_bytes(
       embed_dim, depth, num_heads, mlp_ratio: of the backbone.
       itemsize: bytes of the compute type.
       kept_share: of the images, by a drop path that leaves images out.
-      remat: as configured.
+      remat: "none", "dots", "branches" or "blocks".
     """
     per_block = 0.0
     for crops, tokens in ((2, global_tokens), (num_local_crops, local_tokens)):
-        widths = embed_dim * (8 + 2 * mlp_ratio) + num_heads * tokens
-        if remat == "blocks":
-            widths = embed_dim
-        per_block += images * crops * tokens * widths * (1.0 if remat == "blocks" else kept_share)
+        in_branches = {
+            "none": embed_dim * (8 + 2 * mlp_ratio) + num_heads * tokens,
+            "dots": embed_dim * (6 + mlp_ratio),
+            "branches": embed_dim * 3,
+            "blocks": 0,
+        }[remat]
+        block_input = 0 if remat == "none" else embed_dim
+        per_block += images * crops * tokens * (block_input + kept_share * in_branches)
     return int(per_block * depth * itemsize)
 
 

@@ -46,6 +46,10 @@ def _error(*overrides: str) -> str:
         (["grad_accumulation_steps=3"], "must divide the 1 groups"),
         (["mesh.fsdp=0"], "device counts"),
         (["profile_steps=10-13"], "like 10:13"),
+        (
+            ["profile_steps=50:60", "total_steps=50"],
+            "'50:60' must be first:last with first < last, like 10:13, and begin before the end",
+        ),
         (["total_steps=0"], "at least 1"),
         (["crops.global_crop_scale=(0.5, 0.2)"], "low <= high"),
         (["eval.bank_path="], "eval.bank_path must be set"),

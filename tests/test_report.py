@@ -83,10 +83,32 @@ def test_activations_grow_with_what_they_depend_on():
         {"depth": 6},
         {"itemsize": 2},
         {"kept_share": 0.6},
-        {"remat": "blocks"},
         {"num_local_crops": 0},
     ):
         assert report.estimate_activation_bytes(**settings | change) < whole, change
+
+
+def test_activations_with_remat_are_what_is_kept():
+    """Ten tokens in two crops, a block of width 8; half of the images are in a branch."""
+    settings = dict(
+        images=1,
+        global_tokens=5,
+        local_tokens=1,
+        num_local_crops=0,
+        embed_dim=8,
+        depth=1,
+        num_heads=1,
+        mlp_ratio=4.0,
+        itemsize=1,
+        kept_share=0.5,
+    )
+    for remat, widths in {
+        "dots": 1 + (3 + 1 + 1 + 4 + 1) / 2,  # input; qkv, attention, proj, hidden, output
+        "branches": 1 + (1 + 1 + 1) / 2,  # input; attention and the outputs of both branches
+        "blocks": 1,
+    }.items():
+        found = report.estimate_activation_bytes(**settings, remat=remat)
+        assert found == 10 * 8 * widths, remat
 
 
 def test_logits_are_of_rows_and_prototypes():
