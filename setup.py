@@ -12,7 +12,7 @@ VERSION = re.search(
 
 # jax 0.10 is the last line that supports Python 3.11, and the one that is tested.
 CORE = [
-    "jax>=0.10.2",
+    "jax>=0.10.2,<0.11",
     "flax>=0.12.8",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
@@ -60,9 +60,9 @@ setup(
         "parity": ["torch==2.13.0", "transformers>=5.23", "torchmetrics>=1.9"],
         "torch": ["torch>=2.4"],
         "export": ["onnx>=1.23.2", "onnxruntime>=1.32"],
-        "tpu": ["jax[tpu]>=0.10.2"],
-        "cuda12": ["jax[cuda12]>=0.10.2"],
-        "cuda13": ["jax[cuda13]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.11"],
+        "cuda12": ["jax[cuda12]>=0.10.2,<0.11"],
+        "cuda13": ["jax[cuda13]>=0.10.2,<0.11"],
         "data": ["array-record>=0.8", "datasets>=3.0", "tensorflow-datasets>=4.9.8"],
         "gcs": ["fsspec>=2025.3", "gcsfs>=2025.3"],
         "video": ["av>=14.0"],
