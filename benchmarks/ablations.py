@@ -176,7 +176,7 @@ def evaluate(options) -> None:
         tasks["retrieval"] = ["--data", options.retrieval, "--size", "64", "--resize", "64"]
     finished = [path for path in sorted(options.runs.glob("*-seed*")) if measures(path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    if options.data:
+    if options.data and finished:
         command = [sys.executable, "-m", "benchmarks.leave_one_out", *map(str, finished)]
         command += ["--data", str(options.data / "train.tar")]
         subprocess.run(command, check=True, env=environment)

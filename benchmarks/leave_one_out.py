@@ -48,14 +48,14 @@ def others(queries: np.ndarray, bank: np.ndarray, *, k: int) -> tuple[np.ndarray
 
 
 @functools.cache
-def labelled(path: str, size: int) -> LabelledImages:
-    """Images of a source at the short side and crop of `size` px; decoded once."""
+def labelled(path: str, resize_size_px: int, crop_size_px: int) -> LabelledImages:
+    """Images of a source, prepared as the run's evaluation prepares them; decoded once."""
     source = open_source(path)
     return LabelledImages(
         source,
         label_names=tuple(source.label_names),
-        resize_size_px=size,
-        crop_size_px=size,
+        resize_size_px=resize_size_px,
+        crop_size_px=crop_size_px,
         num_channels=3,
         max_images=len(source),
         max_image_pixels=200_000_000,
@@ -70,8 +70,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="labelled source")
     options = parser.parse_args()
     for workdir in options.workdirs:
-        settings = json.loads((workdir / "config.json").read_text())
-        images = labelled(options.data, settings["eval"]["crop_size_px"])
+        settings = json.loads((workdir / "config.json").read_text())["eval"]
+        images = labelled(options.data, settings["resize_size_px"], settings["crop_size_px"])
         labels = np.array([label for _, label in images])
         model = dinov2_jax.load(str(workdir))
         extract = FeatureExtractor(
