@@ -55,12 +55,15 @@ def make_mesh(
             f"mesh {sizes} on {num_slices} slices: mesh.data must be a multiple of the slices, over"
             " which it alone is cut; lower mesh.fsdp or mesh.model"
         )
-    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    # Axes need not be whole sides of the torus, which jax.make_mesh grants to v5e alone: an axis of
+    # 16 on v6e:8x8 is a side and a quarter of the other. Whole sides are still tried first.
+    options = {"devices": devices, "allow_split_physical_axes": True}
     shape = (sizes["data"] // num_slices, sizes["fsdp"], sizes["model"])
     if num_slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
-    grid = mesh_utils.create_hybrid_device_mesh(shape, (num_slices, 1, 1), devices)
-    return Mesh(grid, MESH_AXES, axis_types=axis_types)
+        grid = mesh_utils.create_device_mesh(shape, **options)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(shape, (num_slices, 1, 1), **options)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:

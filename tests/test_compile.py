@@ -221,6 +221,32 @@ def test_slices_are_cut_by_data_alone():
     assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
 
 
+@pytest.mark.usefixtures("libtpu")
+@pytest.mark.parametrize(
+    ("name", "num_slices", "axes"),
+    [
+        ("v6e:4x4", 1, dict(fsdp=8)),
+        ("v5p:2x2x2", 1, dict(fsdp=2, model=2)),
+        ("v6e:4x4", 2, dict(fsdp=8)),
+    ],
+)
+def test_axes_need_not_be_sides_of_the_torus(name, num_slices, axes):
+    """jax.make_mesh refuses the first (v5e apart): 8 is neither 4 nor 4 x 4."""
+    topology = open_topology(name, num_slices=num_slices)
+    mesh = startup.sharding.make_mesh(**axes, devices=topology.devices)
+    assert mesh.shape["fsdp"] == axes["fsdp"] and mesh.size == len(topology.devices)
+    assert len(set(mesh.devices.flat)) == mesh.size
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_whole_sides_come_first():
+    """Only a side is a ring: an axis of 4 on 4 x 4 is a row or a column, not a 2 x 2 square."""
+    mesh = startup.sharding.make_mesh(fsdp=4, devices=open_topology("v6e:4x4").devices)
+    for row in mesh.devices[:, :, 0]:
+        xs, ys, _ = zip(*(device.coords for device in row), strict=True)
+        assert len(set(xs)) == 1 or len(set(ys)) == 1
+
+
 def test_flops_are_those_of_the_program():
     """Against the matrix products in the jaxpr of the step, drop path and padding included."""
     cfg = config.load_config(
