@@ -122,7 +122,7 @@ class Program:
                     self.unknown_loops.append(name)
                 body = re.search(r"\bbody=%([\w.-]+)", rest)[1]
                 yield from self._walk(body, times=times * (turns or 1), is_fused=is_fused)
-            elif opcode in ("fusion", "call", "async-start"):
+            elif opcode in ("fusion", "call", "async-start", "call-start"):
                 if called := re.search(r"\b(?:calls|to_apply)=%([\w.-]+)", rest):
                     inside = is_fused or opcode == "fusion"
                     yield from self._walk(called[1], times=times, is_fused=inside)

@@ -126,6 +126,31 @@ def test_asynchronous_collectives(line, num_bytes):
     assert collective.num_bytes == num_bytes
 
 
+def test_collectives_of_the_sparse_cores():
+    """TPU7x gathers by a computation that another kind of core runs, called within the loop."""
+    program = Program(
+        """\
+%called_computation.29 (p.1: bf16[1,192,384], p.2: token[]) -> bf16[1,1536,384] {
+  ROOT %all-gather.1 = bf16[1,1536,384]{2,1,0:T(16,128)(2,1)} all-gather(%p.1), channel_id=161, \
+replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}, dimensions={1}
+}
+
+%body.1 (arg: (s32[])) -> (s32[]) {
+  %start = ((bf16[1,192,384]{2,1,0}, token[]), bf16[1,1536,384]{2,1,0}) call-start(%x, %ready), \
+async_execution_thread="sparsecore", to_apply=%called_computation.29
+  ROOT %done = bf16[1,1536,384]{2,1,0} call-done(%start)
+}
+
+ENTRY %main (p: s32[]) -> s32[] {
+  ROOT %while.1 = (s32[]) while(%p), body=%body.1, backend_config={"known_trip_count":{"n":"24"}}
+}
+"""
+    )
+    (gathered,) = program.collectives()
+    assert (gathered.kind, gathered.num_bytes) == ("all-gather", 1536 * 384 * 2)
+    assert (gathered.group_size, gathered.times) == (8, 24)
+
+
 def test_kernels_are_not_the_compilers_marks():
     assert [i.name for i in Program(TEXT).kernels()] == ["kernel.1"]
 
