@@ -124,7 +124,8 @@ class Program:
                 yield from self._walk(body, times=times * (turns or 1), is_fused=is_fused)
             elif opcode in ("fusion", "call", "async-start", "call-start"):
                 if called := re.search(r"\b(?:calls|to_apply)=%([\w.-]+)", rest):
-                    inside = is_fused or opcode == "fusion"
+                    # Cores beside the one that is timed ("call-start") state no usable cycles.
+                    inside = is_fused or opcode in ("fusion", "call-start")
                     yield from self._walk(called[1], times=times, is_fused=inside)
             elif opcode == "conditional":
                 for branch in re.findall(r"%([\w.-]+)", rest.partition("_computation")[2]):

@@ -131,6 +131,7 @@ def test_collectives_of_the_sparse_cores():
     program = Program(
         """\
 %called_computation.29 (p.1: bf16[1,192,384], p.2: token[]) -> bf16[1,1536,384] {
+  %wait = token[] fusion(%p.2), backend_config={"estimated_cycles":"9223372036854775807"}
   ROOT %all-gather.1 = bf16[1,1536,384]{2,1,0:T(16,128)(2,1)} all-gather(%p.1), channel_id=161, \
 replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}, dimensions={1}
 }
@@ -149,6 +150,7 @@ ENTRY %main (p: s32[]) -> s32[] {
     (gathered,) = program.collectives()
     assert (gathered.kind, gathered.num_bytes) == ("all-gather", 1536 * 384 * 2)
     assert (gathered.group_size, gathered.times) == (8, 24)
+    assert program.costed() == []
 
 
 def test_kernels_are_not_the_compilers_marks():
