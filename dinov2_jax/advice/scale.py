@@ -34,7 +34,7 @@ PROTOTYPES = {
     "CLS tokens": Line(small=(64, 256), large=(6_144, 131_072)),
     "masked patches": Line(small=(614, 256), large=(235_930, 131_072)),
 }
-# 1 - momentum by steps. Small: between configs/small.py (0.05) and quickstart (0.02). Large: the
+# 1 - momentum by steps. Small: between configs/small.py (0.04) and quickstart (0.02). Large: the
 # paper. In between, 125,000 steps have 0.0097: the reference's short recipe has 0.008.
 MOMENTUM_GAP = Line(small=(1_600, 0.035), large=(625_000, 0.006))
 # Least (1 - momentum) * steps: half of it is the exponent by which a cosine to 1 forgets, and e^-3
