@@ -70,36 +70,33 @@ class MetricsWriter:
         write_whole(self.path, "".join(f"{line}\n" for line in kept))
         self._file = GrowingFile(self.path)
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
             purge_step = 0 if restored_step is None else restored_step + 1
             self._events = workdir / "tensorboard"
             if is_url(workdir):  # its own writer for gs:// hangs the run when an upload fails
                 self._local_events = tempfile.TemporaryDirectory(prefix="dinov2_jax_")
-            self._tensorboard = SummaryWriter(
-                self._local_events.name if self._local_events else str(self._events),
-                purge_step=purge_step,
-                # The name holds seconds only: two quick starts must not share a file.
-                filename_suffix=f".from{restored_step or 0}",
-            )
+            folder = pathlib.Path(self._local_events.name if self._local_events else self._events)
+            # The name holds seconds only: two quick starts must not share a file.
+            suffix = f".from{restored_step or 0}"
+            self._tensorboard = _EventFile(folder, purge_step=purge_step, suffix=suffix)
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *_) -> None:
+        self.flush()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
-        self.flush()
         if self._local_events:
             self._local_events.cleanup()
 
     def flush(self) -> None:
         """Returns when every line is where it belongs; before a checkpoint that relies on them."""
         self._file.flush()
-        if self._local_events:
+        if self._tensorboard:
             self._tensorboard.flush()
+        if self._local_events:
             upload(pathlib.Path(self._local_events.name), self._events)
 
     def lines(self) -> list[dict[str, Any]]:
@@ -117,10 +114,44 @@ class MetricsWriter:
         self._file.add(json.dumps({"step": step, **values}) + "\n")
         finite = {name: value for name, value in values.items() if value is not None}
         if self._tensorboard:
-            for name, value in finite.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.add(step, finite)
         if self._wandb:
             self._wandb.log(finite, step=step)
+
+
+class _EventFile:
+    """TensorBoard events, in the file when `flush` returns.
+
+    tensorboardX's SummaryWriter has a queue between, which its flush does not wait for.
+    """
+
+    SECS = 30.0  # a reader waits at most; on a disk the steps do not wait for every line
+
+    def __init__(self, folder: pathlib.Path, *, purge_step: int, suffix: str):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._event, self._scalar = Event, scalar
+        self._writer = EventsWriter(str(folder / "events"), suffix)
+        start = SessionLog(status=SessionLog.START)  # hides what an earlier run wrote from here on
+        self._writer.write_event(Event(wall_time=time.time(), step=purge_step, session_log=start))
+        self.flush()
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
+            self._writer.write_event(event)
+        if time.monotonic() > self._next_flush:
+            self.flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._next_flush = time.monotonic() + self.SECS
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class NoWriter:

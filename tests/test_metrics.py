@@ -76,6 +76,15 @@ def test_tensorboard_gets_the_same_numbers_and_a_purge_mark(tmp_path):
     assert data.count(b"total_loss") == 2
 
 
+def test_tensorboard_has_every_event_at_a_flush(tmp_path):
+    with MetricsWriter(tmp_path, restored_step=None, tensorboard=True) as writer:
+        for step in range(200):
+            writer.write(step, {"total_loss": 1.0})
+        writer.flush()
+        (events,) = (tmp_path / "tensorboard").iterdir()
+        assert events.read_bytes().count(b"total_loss") == 200
+
+
 def test_wandb_without_the_package_names_the_pip_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"pip install 'dinov2_jax\[wandb\]'"):
