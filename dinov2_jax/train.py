@@ -2,8 +2,8 @@
 
 The door: reads the flags and the configuration, builds the rooms, and opens them to the loop. Run
 the same command again to go on from the last checkpoint. Exit codes: 0 finished (or finished
-before), 1 stopped by a guard or a full disk, 2 wrong configuration, data or workdir, 143 and 130
-saved and stopped after SIGTERM and SIGINT (a second signal stops at once, without saving).
+before), 1 stopped by a guard, a full disk or hosts that did not come, 2 wrong configuration, data
+or workdir, 143 and 130 saved and stopped after SIGTERM and SIGINT (a second: without saving).
 """
 
 import argparse
@@ -68,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             with contextlib.ExitStack() as stack:
                 distributed.on_primary(lambda: stack.enter_context(open_workdir(workdir)))
                 return train(config, flags, workdir, signals)
+    except (StopRun, distributed.LostHostError) as error:
+        return _fail(error, STOPPED)
     except (ConfigError, DataError, WorkdirError, distributed.HostError) as error:
         return _fail(error, WRONG_INPUT)
-    except StopRun as error:
-        return _fail(error, STOPPED)
     except Exception as error:
         if not is_disk_full(error):
             raise
