@@ -142,8 +142,14 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
         step, state, books = restored or (0, trainer.init(), new_books())
         goodput.carry(books.get("secs", {}), metrics_lib.lines_left(workdir) if is_primary else [])
         restored_step = step if restored else None
+        rhythm = build_rhythm(config)
         if restored:
             say(f"resumed from step {step}")
+        if rhythm.misses_profile(step):
+            say(
+                f"warning: profile_steps={config.profile_steps} begins before step {step}, where "
+                "this run goes on: it writes no trace; give steps to come"
+            )
         feed = Feed(
             stack.enter_context(inputs.open_batches(config, source, mesh, start_step=step)),
             mesh,
@@ -174,7 +180,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
             images_per_step=config.global_batch_size,
             speed=workload.measure(config, trainer),
             goodput=goodput,
-            rhythm=build_rhythm(config),
+            rhythm=rhythm,
             limits=Limits(
                 max_nonfinite_steps=config.guards.max_nonfinite_steps,
                 check_collapse=config.guards.collapse_check,
