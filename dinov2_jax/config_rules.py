@@ -119,7 +119,7 @@ def _value(config, key: str):
 def _check_each(config) -> None:
     for key, choices in CHOICES.items():
         if _value(config, key) not in choices:
-            listed = ", ".join(str(choice) for choice in choices)
+            listed = ", ".join("''" if choice == "" else str(choice) for choice in choices)
             raise ConfigError(f"{key}={_value(config, key)!r} must be one of: {listed}")
     for least, keys in AT_LEAST.items():
         for key in keys.split():

@@ -38,6 +38,10 @@ class HostError(RuntimeError):
     """Hosts that cannot work together; its text is one line for the user."""
 
 
+class LostHostError(HostError):
+    """Hosts that did not come, or failed by what may pass: the command may succeed later."""
+
+
 def detect(environ: Mapping[str, str], *, has_tpu: bool) -> dict[str, Any] | None:
     """Arguments of `jax.distributed.initialize` for this environment; None: a single process.
 
@@ -115,7 +119,7 @@ def initialize(mode: str = "auto", *, leaving_secs: int = _LEAVING_SECS) -> None
         one that has failed must not leave them waiting.
 
     Raises:
-      HostError: they cannot be found or reached, or an unknown mode.
+      HostError: nothing says where they are, or an unknown mode; `LostHostError`: out of reach.
     """
     if mode not in MODES:
         raise HostError(f"--distributed={mode} must be one of {', '.join(MODES)}")
@@ -134,7 +138,7 @@ def initialize(mode: str = "auto", *, leaving_secs: int = _LEAVING_SECS) -> None
     # Whatever the cluster's services raise: RuntimeError, ValueError, OSError, grpc's own.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise HostError(
+        raise LostHostError(
             f"the processes of this run did not find each other ({reason}); check that all were "
             "started, or use --distributed=off for a single one"
         ) from error
@@ -178,8 +182,7 @@ def check_all_failed(what: str, error: Exception) -> None:
 def _wait_for_all(name: str, secs: int) -> None:
     from orbax.checkpoint import multihost
 
-    everyone = set(range(jax.process_count()))
-    multihost.sync_global_processes(name, processes=everyone, timeout=secs)
+    multihost.sync_global_processes(name, processes=set(range(jax.process_count())), timeout=secs)
 
 
 def together(action: Callable[[], Result]) -> Result:
@@ -189,8 +192,8 @@ def together(action: Callable[[], Result]) -> Result:
       What the action returned on this process.
 
     Raises:
-      HostError: on the processes where it succeeded, if it failed on another. Where it failed, its
-        own error.
+      HostError: on the processes where it succeeded, if it failed on another; `LostHostError` if by
+        an OSError, such as of an object store. Where it failed, its own error.
     """
     result = error = None
     try:
@@ -199,10 +202,11 @@ def together(action: Callable[[], Result]) -> Result:
         error = raised
     if jax.process_count() > 1:
         meet()
-        has_failed = multihost_utils.process_allgather(np.int32(error is not None))
-        if has_failed.any() and error is None:
-            number = int(np.flatnonzero(has_failed)[0])
-            raise HostError(f"process {number} could not go on; its own message says why")
+        own = int(error is not None) + int(isinstance(error, OSError))
+        failures = multihost_utils.process_allgather(np.int32(own))
+        if failures.any() and error is None:
+            kind = LostHostError if failures.max() > 1 else HostError
+            raise kind(f"process {failures.argmax()} could not go on; its own message says why")
     if error is not None:
         raise error
     return result
@@ -262,8 +266,7 @@ class Exchange:
     def __post_init__(self):
         self._count, self._agreed = jax.process_count(), 0
         self._of_device = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        self._gather = jax.jit(lambda x: x, out_shardings=everywhere)
+        self._gather = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
     @property
     def stop(self) -> int:

@@ -20,6 +20,10 @@ class Rhythm:
     teacher: int
     profile: tuple[int, int] | None = None
 
+    def misses_profile(self, step: int) -> bool:
+        """Whether a run that begins after `step` updates is too late for the trace."""
+        return self.profile is not None and step > self.profile[0]
+
     def is_due(self, name: str, step: int) -> bool:
         """Whether something happens after `step` updates.
 

@@ -2,8 +2,8 @@
 
 The door: reads the flags and the configuration, builds the rooms, and opens them to the loop. Run
 the same command again to go on from the last checkpoint. Exit codes: 0 finished (or finished
-before), 1 stopped by a guard or a full disk, 2 wrong configuration, data or workdir, 143 and 130
-saved and stopped after SIGTERM and SIGINT (a second signal stops at once, without saving).
+before), 1 stopped by a guard, a full disk or hosts that did not come, 2 wrong configuration, data
+or workdir, 143 and 130 saved and stopped after SIGTERM and SIGINT (a second: without saving).
 """
 
 import argparse
@@ -68,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             with contextlib.ExitStack() as stack:
                 distributed.on_primary(lambda: stack.enter_context(open_workdir(workdir)))
                 return train(config, flags, workdir, signals)
+    except (StopRun, distributed.LostHostError) as error:
+        return _fail(error, STOPPED)
     except (ConfigError, DataError, WorkdirError, distributed.HostError) as error:
         return _fail(error, WRONG_INPUT)
-    except StopRun as error:
-        return _fail(error, STOPPED)
     except Exception as error:
         if not is_disk_full(error):
             raise
@@ -142,8 +142,14 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
         step, state, books = restored or (0, trainer.init(), new_books())
         goodput.carry(books.get("secs", {}), metrics_lib.lines_left(workdir) if is_primary else [])
         restored_step = step if restored else None
+        rhythm = build_rhythm(config)
         if restored:
             say(f"resumed from step {step}")
+        if rhythm.misses_profile(step):
+            say(
+                f"warning: profile_steps={config.profile_steps} begins before step {step}, where "
+                "this run goes on: it writes no trace; give steps to come"
+            )
         feed = Feed(
             stack.enter_context(inputs.open_batches(config, source, mesh, start_step=step)),
             mesh,
@@ -174,7 +180,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
             images_per_step=config.global_batch_size,
             speed=workload.measure(config, trainer),
             goodput=goodput,
-            rhythm=build_rhythm(config),
+            rhythm=rhythm,
             limits=Limits(
                 max_nonfinite_steps=config.guards.max_nonfinite_steps,
                 check_collapse=config.guards.collapse_check,

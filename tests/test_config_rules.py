@@ -35,6 +35,7 @@ def _error(*overrides: str) -> str:
             "must be at most total_steps=500",
         ),
         (["centering.kind=center"], "must be one of: sinkhorn_knopp, softmax_center"),
+        (["compiler_preset=fast"], "'fast' must be one of: auto, '', cpu_products, tpu_overlap"),
         (["model.depth=0"], "model.depth=0 must be set"),
         (["model.num_heads=3"], "multiple of model.num_heads=3"),
         (["masks.mask_probability=1.5"], "must lie in 0..1"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dinov2_jax import distributed
-from dinov2_jax.distributed import Exchange, HostError, detect
+from dinov2_jax.distributed import Exchange, HostError, LostHostError, detect
 from dinov2_jax.sharding import make_mesh
 
 SLURM = dict(
@@ -124,7 +124,9 @@ def test_others_that_do_not_come_are_one_line(monkeypatch):
 
     monkeypatch.setattr("jax.distributed.initialize", initialize)
     monkeypatch.setattr(distributed, "has_cloud_tpu", lambda: True)
-    with pytest.raises(HostError, match=r"did not find each other \(Barrier timed out\. Waited"):
+    with pytest.raises(
+        LostHostError, match=r"did not find each other \(Barrier timed out\. Waited"
+    ):
         distributed.initialize("auto")
 
 
@@ -160,15 +162,26 @@ def test_a_failure_anywhere_stops_every_process(monkeypatch):
     said = []
 
     def gather(own):
-        said.append(bool(own))
+        said.append(int(own))
         return np.array([1, own])
 
     monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
-    with pytest.raises(HostError, match="process 0 could not go on; its own message says why"):
+    with pytest.raises(
+        HostError, match="process 0 could not go on; its own message says why"
+    ) as info:
         distributed.together(lambda: "fine here")
+    assert info.type is HostError
     with pytest.raises(OSError, match="full"):
         distributed.together(lambda: (_ for _ in ()).throw(OSError("full")))
-    assert said == [False, True]
+    with pytest.raises(ValueError, match="wrong"):
+        distributed.together(lambda: (_ for _ in ()).throw(ValueError("wrong")))
+    assert said == [0, 2, 1]
+    # By what may pass: a later start may succeed.
+    monkeypatch.setattr(
+        distributed.multihost_utils, "process_allgather", lambda own: np.array([2, own])
+    )
+    with pytest.raises(LostHostError, match="process 0 could not go on"):
+        distributed.together(lambda: "fine here")
     monkeypatch.setattr(
         distributed.multihost_utils, "process_allgather", lambda own: np.array([0, own])
     )

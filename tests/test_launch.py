@@ -12,6 +12,7 @@ import yaml
 from configs import base
 from dinov2_jax.config import REPOSITORY
 from dinov2_jax.flags import parse_flags
+from dinov2_jax.train import WRONG_INPUT
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
@@ -53,6 +54,21 @@ def test_the_jobs_of_the_jobset_fit_their_schema():
         job["spec"]["template"]["spec"]["containers"][0]["arguments"] = []
         with pytest.raises(kubernetes_validate.ValidationError):  # the schema does bite
             kubernetes_validate.validate(job, JOBSET_VERSION, strict=True)
+
+
+def test_the_jobset_restarts_but_not_with_wrong_input():
+    """Code 2 fails the pod's Job, for a reason that fails the set: the first Job is enough."""
+    policy = jobset()["spec"]["failurePolicy"]
+    (rule,) = policy["rules"]
+    assert policy["maxRestarts"] > 0
+    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    (replicated,) = jobset()["spec"]["replicatedJobs"]
+    spec = replicated["template"]["spec"]
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"  # Kubernetes allows no other here
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    (container,) = spec["template"]["spec"]["containers"]
+    codes = {"containerName": container["name"], "operator": "In", "values": [WRONG_INPUT]}
+    assert rule == {"action": "FailJob", "onExitCodes": codes}
 
 
 def test_the_jobset_asks_for_what_its_topology_has():

@@ -53,6 +53,7 @@ def test_a_run_leaves_a_workdir_that_explains_itself_and_no_key_is_unread(
 
     assert out[0].startswith("19 images in 19 classes from the installed wheels photos:left")
     assert any("learning rate" in line and "0.001" in line for line in out)
+    assert not [line for line in out if "warning: profile_steps" in line]
     # Twelve steps are too few for the quickstart's momentum: said once, before the long wait.
     (warned,) = [n for n, line in enumerate(out) if "warning: teacher.momentum_start" in line]
     assert warned < next(n for n, line in enumerate(out) if "compiled the step" in line)
@@ -180,8 +181,11 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert step <= saved <= step + 2
     assert signal.getsignal(number) == before
-    assert run(tmp_path, log_every_steps=2, loader__num_threads=1) == 0
-    assert f"resumed from step {saved}" in capsys.readouterr().out
+    assert run(tmp_path, log_every_steps=2, loader__num_threads=1, profile_steps="2:4") == 0
+    out = capsys.readouterr().out
+    assert f"resumed from step {saved}" in out
+    assert f"warning: profile_steps=2:4 begins before step {saved}," in out
+    assert not (tmp_path / "profile").exists()
     assert repeatable(tmp_path) == repeatable(finished)
     ours, theirs = (read_safetensors(w / "teacher.safetensors")[0] for w in (tmp_path, finished))
     for name, value in theirs.items():

@@ -82,3 +82,20 @@ def test_the_weight_of_the_initialisation_in_a_long_run():
     assert found == pytest.approx((1 - 1e-5) ** 250_001, rel=1e-9)
     assert scale.initialisation_left(0.994, 1.0, total_steps=625_000) == 0.0
     assert scale.initialisation_left(1.0, 1.0, total_steps=100) == 1.0
+    assert scale.initialisation_left(0.0, 1.0, total_steps=100) == 0.0
+    # Not a whole number of steps a piece, and a momentum that moves.
+    gap, total_steps = 3e-5, 350_003
+    momentum = 1 - gap * 0.5 * (1 + np.cos(np.pi * np.arange(total_steps) / total_steps))
+    found = scale.initialisation_left(1 - gap, 1.0, total_steps=total_steps)
+    assert found == pytest.approx(np.prod(momentum), rel=1e-8)
+
+
+def test_the_longest_run_costs_no_more_than_100_000_steps(monkeypatch):
+    """With a momentum of 1 nothing is forgotten, so that no early end helps."""
+    sizes, cos = [], np.cos
+    monkeypatch.setattr(np, "cos", lambda x: sizes.append(np.size(x)) or cos(x))
+    assert scale.initialisation_left(1.0, 1.0, total_steps=10**7) == 1.0
+    # The gap summed over half a cosine is gap * (total_steps + 1) / 2.
+    found = scale.initialisation_left(1 - 1e-6, 1.0, total_steps=10**7)
+    assert found == pytest.approx(math.exp(-(1e-6 * (10**7 + 1) / 2)), rel=1e-5)
+    assert sizes == [100_000, 100_000]
