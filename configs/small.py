@@ -26,7 +26,7 @@ def get_config():
     config.crops.global_crop_size_px = 48
     config.crops.local_crop_size_px = 24
     config.crops.num_local_crops = 4
-    # Milder than the paper's: of 64 px a tenth shows nothing to tell an image by.
+    # Milder than the paper's, whose local crops are from a twentieth of what are small images here.
     config.crops.global_crop_scale = (0.4, 1.0)
     config.crops.local_crop_scale = (0.15, 0.4)
     config.augment.brightness = 0.2
@@ -52,7 +52,7 @@ def get_config():
     # At 0.04 the targets are so even that the same kNN takes more than twice as many images.
     config.centering.teacher_temp_start = 0.02
     config.centering.teacher_temp = 0.02
-    # Rate and momentum stay where the network learns: falling to 0 and rising to 1 stopped it.
+    # With a rate falling to 0 and a momentum rising to 1, kNN stood still after a third of a run.
     config.teacher.momentum_start = 0.96
     config.teacher.momentum_end = 0.98
     config.optim.base_learning_rate = 1e-3

@@ -83,11 +83,11 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_) -> None:
-        self.flush()
-        if self._tensorboard:
-            self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+        self.flush()  # last of what can fail: an upload must not leave wandb's run open
+        if self._tensorboard:
+            self._tensorboard.close()
         if self._local_events:
             self._local_events.cleanup()
 
