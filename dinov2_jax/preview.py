@@ -76,6 +76,7 @@ def run_settings(config, trainer: startup.Trainer, *, num_images: int) -> RunSet
         momentum_start=config.teacher.momentum_start,
         momentum_end=config.teacher.momentum_end,
         base_learning_rate=config.optim.base_learning_rate,
+        min_learning_rate=config.optim.min_learning_rate,
         learning_rate_scaling=config.optim.learning_rate_scaling,
         layerwise_lr_decay=config.optim.layerwise_lr_decay,
         warmup_steps=config.optim.warmup_steps,

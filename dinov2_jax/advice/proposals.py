@@ -1,7 +1,8 @@
 """Values that fit the size of a run, for the keys that decide whether it learns.
 
-`RunSettings` come in, `Suggestion`s go out: key, value and the reason with its numbers. What is
-proposed depends on no value that is proposed, so that nothing is left to propose once applied.
+`RunSettings` come in, `Suggestion`s go out: key, value and the reason with its numbers. The end of
+a schedule follows the start that is proposed; nothing else follows another proposal, so that none
+is left once they are applied.
 """
 
 import dataclasses
@@ -14,7 +15,10 @@ from dinov2_jax.advice.settings import RunSettings
 # Judgement: a setting within this factor of what fits is left as it is.
 NEAR_PROTOTYPES = 2
 NEAR_MOMENTUM = 2  # of 1 - momentum
+NO_MOMENTUM_GAP = 0.002  # at the end of a run as good as 0
 NEAR_LEARNING_RATE = 2
+NEAR_LEARNING_RATE_END = 3
+NO_LEARNING_RATE = 0.01  # of the peak: at the end of a run as good as 0
 NEAR_WARMUP = 2
 NEAR_TEACHER_TEMP = 2
 NEAR_LAYER_SCALE = 10
@@ -46,8 +50,8 @@ def suggest(run: RunSettings) -> tuple[Suggestion, ...]:
     """A suggestion for every key that matters in this run, changes and confirmations alike."""
     return (
         *_prototypes(run),
-        _momentum(run),
-        _learning_rate(run),
+        *_momentum(run),
+        *_learning_rate(run),
         _warmup(run),
         *_teacher_temps(run),
         _layer_scale(run),
@@ -88,32 +92,61 @@ def _prototypes(run: RunSettings) -> Iterator[Suggestion]:
         yield Suggestion(key, value, current, reason)
 
 
-def _momentum(run: RunSettings) -> Suggestion:
+def _momentum(run: RunSettings) -> Iterator[Suggestion]:
     current, fitting = run.momentum_start, scale.fitting_momentum(run.total_steps)
     left = scale.initialisation_left(current, run.momentum_end, total_steps=run.total_steps)
-    return Suggestion(
+    start = current if is_near(1 - current, 1 - fitting, NEAR_MOMENTUM) else fitting
+    yield Suggestion(
         "teacher.momentum_start",
-        current if is_near(1 - current, 1 - fitting, NEAR_MOMENTUM) else fitting,
+        start,
         current,
         f"an average over {1 / (1 - fitting):,.0f} steps fits {run.total_steps:,}; with "
         f"{current:g} the last teacher is {left:.0%} initialisation",
     )
+    current = run.momentum_end
+    # It never falls.
+    gap = min(scale.MOMENTUM_END_GAP.at(run.total_steps), 1 - start)
+    floor = NO_MOMENTUM_GAP
+    near = is_near(1 - current + floor, gap + floor, NEAR_MOMENTUM)
+    yield Suggestion(
+        "teacher.momentum_end",
+        current if near else round(1 - gap, 4),
+        current,
+        _end_reason(run, "momentum towards 1"),
+    )
 
 
-def _learning_rate(run: RunSettings) -> Suggestion:
-    key, current = "optim.base_learning_rate", run.base_learning_rate
-    factor = run.learning_rate_factor
+def _end_reason(run: RunSettings, what: str) -> str:
+    (short, _), (long, _) = scale.LEARNING_RATE_END.small, scale.LEARNING_RATE_END.large
+    return (
+        f"a {what} ends a run of {long:,} steps and more; up to {short:,} it stops one that still "
+        f"learns; these are {run.total_steps:,}"
+    )
+
+
+def _learning_rate(run: RunSettings) -> Iterator[Suggestion]:
+    current, factor = run.base_learning_rate, run.learning_rate_factor
     if run.layerwise_lr_decay < 1:
         # Most layers then learn at a fraction of the peak, and nothing was measured.
+        base = current
         reason = f"no proposal beside optim.layerwise_lr_decay={run.layerwise_lr_decay:g}"
-        return Suggestion(key, current, current, reason)
-    fitting = fitting_base(run)
-    return Suggestion(
-        key,
-        current if is_near(current, fitting, NEAR_LEARNING_RATE) else fitting,
+    else:
+        fitting = fitting_base(run)
+        base = current if is_near(current, fitting, NEAR_LEARNING_RATE) else fitting
+        reason = (
+            f"batch {run.global_batch_size:,}, width {run.embed_dim:,} and {run.total_steps:,} "
+            f"steps fit a peak of {fitting * factor:.2g}; {current:g} gives {current * factor:.2g}"
+        )
+    yield Suggestion("optim.base_learning_rate", base, current, reason)
+    current, peak = run.min_learning_rate, base * factor
+    share = scale.LEARNING_RATE_END.at(run.total_steps)
+    floor = NO_LEARNING_RATE
+    near = is_near(max(current / peak, floor), max(share, floor), NEAR_LEARNING_RATE_END)
+    yield Suggestion(
+        "optim.min_learning_rate",
+        current if near else _round_digits(share * peak, 2),
         current,
-        f"batch {run.global_batch_size:,}, width {run.embed_dim:,} and {run.total_steps:,} steps "
-        f"fit a peak of {fitting * factor:.2g}; {current:g} gives {current * factor:.2g}",
+        _end_reason(run, "rate towards 0"),
     )
 
 

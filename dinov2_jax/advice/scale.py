@@ -37,12 +37,17 @@ PROTOTYPES = {
 # 1 - momentum by steps. Small: between configs/small.py (0.04) and quickstart (0.02). Large: the
 # paper. In between, 125,000 steps have 0.0097: the reference's short recipe has 0.008.
 MOMENTUM_GAP = Line(small=(1_600, 0.035), large=(625_000, 0.006))
+# The same at the end of a run. Small: configs/small.py, which goes on learning where 0 stood still.
+# Large: the reference's short recipe and the paper end at 0.
+MOMENTUM_END_GAP = Line(small=(3_000, 0.02), large=(125_000, 4e-5))
 # Least (1 - momentum) * steps: half of it is the exponent by which a cosine to 1 forgets, and e^-3
 # leaves 5 % of the initialisation. It decides below 300 steps.
 FORGETTING = 6.0
 # Base by steps, for batch 1024 and width 1024. Small: measured, 1e-3 at batch 64 and width 160.
 # Large: the paper.
 LEARNING_RATE = Line(small=(6_000, 1.6e-3), large=(625_000, 2e-4))
+# Of the peak, at the end of a run, by steps. Small: configs/small.py, as above. Large: the paper.
+LEARNING_RATE_END = Line(small=(3_000, 1.0), large=(125_000, 2.9e-3))
 # Peaks that a proposal does not leave and a warning begins at: a factor of 2 and more around the
 # reference's recipes (3.5e-4 to 5.7e-3), and room below for batches of a few images.
 LEARNING_RATES = (1e-5, 1e-2)

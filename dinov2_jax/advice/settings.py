@@ -44,6 +44,7 @@ class RunSettings:
     momentum_start: float
     momentum_end: float
     base_learning_rate: float
+    min_learning_rate: float
     learning_rate_scaling: str
     layerwise_lr_decay: float
     warmup_steps: int

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dinov2_jax.advice.cautions import warnings_of
-from dinov2_jax.advice.proposals import suggest
+from dinov2_jax.advice.proposals import NO_MOMENTUM_GAP, suggest
 from dinov2_jax.advice.settings import RunSettings
 from dinov2_jax.losses.centering import sinkhorn_knopp
 from tests.advice.runs import FIELDS, PAPER, SMALL
@@ -30,7 +30,9 @@ def far_from(run: RunSettings, **changes) -> RunSettings:
         dino_prototypes=1,
         ibot_prototypes=1,
         momentum_start=0.0,
+        momentum_end=0.5,
         base_learning_rate=1e9,
+        min_learning_rate=1e9,
         warmup_steps=0,
         teacher_temp_start=9.0,
         teacher_temp=9.0,
@@ -45,7 +47,9 @@ def test_at_the_papers_size_the_papers_values_are_proposed():
         "dino.num_prototypes": 131_072,
         "ibot.num_prototypes": 131_072,
         "teacher.momentum_start": 0.994,
+        "teacher.momentum_end": 1.0,
         "optim.base_learning_rate": 2e-4,
+        "optim.min_learning_rate": 1e-6,
         "optim.warmup_steps": 100_000,
         "centering.teacher_temp_start": 0.04,
         "centering.teacher_temp": 0.07,
@@ -56,16 +60,25 @@ def test_at_the_papers_size_the_papers_values_are_proposed():
 
 
 @pytest.mark.parametrize(
-    ("total_steps", "momentum", "temp"),
-    [(400, 0.965, 0.02), (1_600, 0.965, 0.02), (6_000, 0.976, 0.029)],
+    ("total_steps", "momentum", "end", "rate_end", "temp"),
+    [
+        (400, 0.965, 0.98, 1.0, 0.02),
+        (1_600, 0.965, 0.98, 1.0, 0.02),
+        (6_000, 0.976, 0.9937, 0.34, 0.029),
+    ],
 )
-def test_at_the_small_size_what_was_measured_is_proposed(total_steps, momentum, temp):
+def test_at_the_small_size_what_was_measured_is_proposed(
+    total_steps, momentum, end, rate_end, temp
+):
     run = far_from(PAPER, **SMALL | {"total_steps": total_steps, "learning_rate_scaling": "none"})
     found = values(dataclasses.replace(run, warmup_steps=0, base_learning_rate=1e9))
     assert 256 <= found["dino.num_prototypes"] <= 1024
     assert 256 <= found["ibot.num_prototypes"] <= 1024
     assert found["teacher.momentum_start"] == momentum
-    assert found["optim.base_learning_rate"] == pytest.approx(1e-3, rel=0.05)
+    assert found["teacher.momentum_end"] == end
+    rate = found["optim.base_learning_rate"]
+    assert rate == pytest.approx(1e-3, rel=0.05)
+    assert found["optim.min_learning_rate"] == pytest.approx(rate_end * rate, rel=0.05)
     assert found["optim.warmup_steps"] == total_steps // 10
     assert found["centering.teacher_temp"] == temp
     assert found["centering.teacher_temp_start"] <= temp
@@ -78,6 +91,8 @@ def test_in_between_it_is_close_to_the_references_short_recipe():
     found = values(dataclasses.replace(run, patch_size=16, num_batch_pieces=32))
     assert found["dino.num_prototypes"] == 65_536 and "ibot.num_prototypes" not in found
     assert found["teacher.momentum_start"] == pytest.approx(0.992, abs=0.002)
+    assert found["teacher.momentum_end"] == 1
+    assert found["optim.min_learning_rate"] < 0.01 * found["optim.base_learning_rate"]
     assert found["model.layer_scale_init"] == 1e-5
     assert found["centering.teacher_temp_start"] == 0.04
     assert found["centering.teacher_temp"] == 0.07
@@ -93,6 +108,7 @@ def test_proposals_change_little_when_the_run_does():
         run = far_from(PAPER, global_batch_size=batch, total_steps=steps, num_batch_pieces=1)
         found = values(run)
         found["teacher.momentum_start"] = 1 - found["teacher.momentum_start"]
+        found["teacher.momentum_end"] = 1 - found["teacher.momentum_end"] + NO_MOMENTUM_GAP
         found["optim.warmup_steps"] /= steps
         path.append(found)
     largest = {
@@ -135,8 +151,9 @@ def test_proposals_applied_leave_nothing_to_propose_or_to_warn_of(seed):
         teacher_temp_start=float(rng.uniform(0.01, 0.2)),
         teacher_temp=float(rng.uniform(0.01, 0.2)),
         momentum_start=float(1 - 10 ** rng.uniform(-6, -0.1)),
-        momentum_end=1.0,
+        momentum_end=float(1 - 10 ** rng.uniform(-6, -0.1)),
         base_learning_rate=float(10 ** rng.uniform(-7, 1)),
+        min_learning_rate=float(10 ** rng.uniform(-9, 1)),
         learning_rate_scaling=str(rng.choice(["sqrt_1024", "none"])),
         layerwise_lr_decay=1.0,
         warmup_steps=0,
@@ -178,6 +195,19 @@ def test_group_sizes_divide_a_shards_images_and_leave_a_crop_to_mask():
 def test_a_learning_rate_beside_layer_decay_is_left_alone():
     run = far_from(PAPER, layerwise_lr_decay=0.9)
     assert values(run)["optim.base_learning_rate"] == run.base_learning_rate
+
+
+def test_schedules_end_by_the_peak_and_the_momentum_that_are_proposed():
+    """Both flat in a short run, from a start that was left as it is, and as good as 0 in a long."""
+    short = dict(global_batch_size=64, total_steps=3_000, embed_dim=160, num_batch_pieces=1)
+    run = far_from(PAPER, **short, momentum_start=0.982, base_learning_rate=2.5e-3)
+    found = values(run)
+    assert (found["teacher.momentum_start"], found["teacher.momentum_end"]) == (0.982, 0.982)
+    assert found["optim.base_learning_rate"] == 2.5e-3
+    assert found["optim.min_learning_rate"] == pytest.approx(2.5e-3 / 4, rel=0.05)  # sqrt(64/1024)
+    for rate in (0.0, 1e-9, 1e-6):
+        run = dataclasses.replace(PAPER, min_learning_rate=rate)
+        assert values(run)["optim.min_learning_rate"] == rate
 
 
 def test_reasons_are_one_short_line_with_the_numbers():
