@@ -43,8 +43,11 @@ def get_config():
 
     # Held where the paper's warm-up starts: rising to 0.07 cost 3 points of kNN after 300 steps.
     config.centering.teacher_temp = 0.04
+    # Flat: with a rate falling to 0 and a momentum rising to 1, kNN ended 6 points lower.
     config.teacher.momentum_start = 0.98
+    config.teacher.momentum_end = 0.98
     config.optim.base_learning_rate = 1e-3
+    config.optim.min_learning_rate = 1e-3
     config.optim.learning_rate_scaling = "none"
     config.optim.warmup_steps = total_steps * 1 // 10
     config.optim.freeze_last_layer_steps = total_steps * 1 // 50
