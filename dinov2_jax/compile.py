@@ -32,6 +32,10 @@ DOES_NOT_FIT, WRONG_INPUT = 1, 2
 # Without its long search for fast code the compiler takes a fifth of the time, and a little more
 # memory: what fits so, fits.
 QUICK = {"optimization_level": 9}  # jax's number of its level O0
+LESS_MEMORY = (
+    "what lowers it: mesh.fsdp cuts the state, most of the arguments, over so many devices; "
+    "more devices, grad_accumulation_steps and remat=blocks lower the temporaries"
+)
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -39,7 +43,8 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dinov2_jax.compile",
         description="Compiles the train step for a topology without having it.",
-        epilog="--config.KEY=VALUE sets any key of configs/base.py, as in train.",
+        epilog="--config.KEY=VALUE sets any key of configs/base.py, as in train. Exit codes: 0 it "
+        "fits, 1 it does not, 2 wrong input, or a compiler that fails.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -69,9 +74,14 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     if flags.fits_only and flags.breakdown:
         raise ConfigError("--breakdown is of the time, which --fits_only leaves out; drop one")
     for name, file in (("json", flags.json), ("hlo", flags.hlo)):
-        folder = pathlib.Path(file or "").parent
-        if not folder.is_dir():  # found out now and not after minutes
-            raise ConfigError(f"--{name}={file}: there is no folder {folder}; create it")
+        # Found out now and not after minutes.
+        path = pathlib.Path(file or "figures")
+        if not path.parent.is_dir():
+            raise ConfigError(f"--{name}={file}: there is no folder {path.parent}; create it")
+        if path.is_dir():
+            raise ConfigError(f"--{name}={file} is a folder; name a file in it")
+        if file and not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ConfigError(f"--{name}={file} may not be written; name another file")
     return flags
 
 
@@ -112,13 +122,16 @@ def check(
     with jax.set_mesh(mesh):
         trainer = startup.build_trainer(config, mesh)
         batch = workload.abstract_batch(config, mesh)
-        lowered = trainer.train_step.lower(trainer.abstract_state, batch, trainer.schedules.at(0))
+        arguments = (trainer.abstract_state, batch)
+        lowered = trainer.train_step.lower(*arguments, trainer.schedules.at(0))
         started = time.perf_counter()
         try:
             compiled = lowered.compile(QUICK if is_quick else None)
             memory = memory_of(compiled, chip)
         except jax.errors.JaxRuntimeError as error:
-            compiled, memory = None, memory_of_failure(str(error), chip)
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments)
+            held = sharding.bytes_per_device(arguments, shardings)
+            compiled, memory = None, memory_of_failure(str(error), chip, argument_bytes=held)
     flops = workload.count_flops(config, trainer.network)
     num_devices = mesh.devices.size
     figures = {
@@ -216,6 +229,7 @@ def print_figures(figures: dict) -> None:
     else:
         over = f"; {gib(peak - limit)} too much" if peak > limit else ""
         print(f"does not fit: {gib(peak)} of {gib(limit)} HBM{over}" + f" ({kinds})" * bool(kinds))
+        print(LESS_MEMORY)
     print(
         f"FLOPs a step: model {figures['model_flops']:.4g}, executed "
         f"{figures['executed_flops']:.4g}"

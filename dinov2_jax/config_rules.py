@@ -106,7 +106,7 @@ def check_groups(
         f"{num_groups} groups, which must be a multiple of the {num_batch_shards} batch shards "
         f"(mesh.data x mesh.fsdp)"
         + (f" times grad_accumulation_steps={num_micro_batches}" if num_micro_batches > 1 else "")
-        + f"; nearest that fit: {', '.join(fits)}"
+        + f"; nearest that fit: {', or '.join(fits)}"
     )
 
 

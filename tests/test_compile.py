@@ -97,7 +97,10 @@ def test_a_step_that_does_not_fit(tmp_path, capsys):
     assert not figures["fits"]
     assert figures["hbm_peak_bytes"] > figures["hbm_limit_bytes"] == TPUS["v5e"].hbm_bytes
     assert figures["estimated_mfu"] is None
-    assert re.search(r"does not fit: .* GiB too much", capsys.readouterr().out)
+    assert sum(figures["hbm_bytes"].values()) == figures["hbm_peak_bytes"]
+    out = capsys.readouterr().out
+    assert re.search(r"does not fit: .* GiB too much \(arguments .*, temporaries .*\)", out)
+    assert "what lowers it: mesh.fsdp" in out
 
 
 def test_gpus_too(tmp_path):
@@ -171,6 +174,7 @@ def test_no_batch_fits(monkeypatch):
         (flags("v5e:2x2", **{"optim.clip_nrom": 3}), "clip_norm"),
         ([*flags("v5e:2x2"), "--json=no/such/file"], "--json=no/such/file: there is no folder no/"),
         ([*flags("v5e:2x2"), "--hlo=no/file"], "--hlo=no/file: there is no folder no; create it"),
+        ([*flags("v5e:2x2"), "--json=."], r"--json=\. is a folder; name a file in it"),
         ([*flags("v5e:2x2"), "--fits_only", "--breakdown"], "--fits_only leaves out"),
     ],
 )

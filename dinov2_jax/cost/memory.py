@@ -44,26 +44,35 @@ def memory_of(compiled: Any, chip: Chip) -> Memory:
     return Memory(peak <= chip.hbm_bytes, peak, chip.hbm_bytes, by_kind)
 
 
-def memory_of_failure(message: str, chip: Chip) -> Memory:
+def memory_of_failure(message: str, chip: Chip, *, argument_bytes: int = 0) -> Memory:
     """What the compiler's refusal says.
+
+    Args:
+      message: the refusal. A program that is refused early states its temporaries alone.
+      chip: that it is for.
+      argument_bytes: of the program, which such a refusal leaves out.
 
     Raises:
       CompilerError: it refuses for another reason than memory.
     """
     if "RESOURCE_EXHAUSTED" not in message:
         raise CompilerError(f"the compiler failed: {message}")
+    if early := re.search(rf"temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", message):
+        by_kind = {"arguments": argument_bytes, "temporaries": _num_bytes(early[1], early[2])}
+        return Memory(False, sum(by_kind.values()), _num_bytes(early[3], early[4]), by_kind)
     used = re.search(rf"[Uu]sed {_SIZE} of {_SIZE} hbm", message)
-    used = used or re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
     if used is None:
         raise CompilerError(f"the compiler's refusal is not understood: {message}")
-    peak = int(float(used[1]) * _UNITS[used[2]])
-    limit = int(float(used[3]) * _UNITS[used[4]])
     by_kind = {
-        kind: int(float(number) * _UNITS[unit])
+        kind: _num_bytes(number, unit)
         for kind, number, unit in re.findall(
             rf"^\s+(arguments|program|reserved|HLO temp|global|output)\s*:?\s+{_SIZE}",
             message,
             re.MULTILINE,
         )
     }
-    return Memory(False, peak, limit, by_kind)
+    return Memory(False, _num_bytes(used[1], used[2]), _num_bytes(used[3], used[4]), by_kind)
+
+
+def _num_bytes(number: str, unit: str) -> int:
+    return int(float(number) * _UNITS[unit])

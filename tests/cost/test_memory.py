@@ -28,19 +28,29 @@ def test_the_limit(over, fits):
     assert memory_of(stats(temp=V5E.hbm_bytes + over), V5E).fits == fits
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
-        "temporaries (20.50G) exceeds available HBM (15.75G).",
-        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
-        "hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.",
-    ],
-)
-def test_a_refusal_says_by_how_much(message):
-    memory = memory_of_failure(message, V5E)
+def test_a_refusal_says_by_how_much():
+    message = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in hbm.
+        Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.
+        Total hbm usage >= 20.50G:
+            reserved        0.25G
+            program        18.25G
+            arguments       2.00G"""
+    memory = memory_of_failure(message, V5E, argument_bytes=7)
     assert not memory.fits
     assert (memory.peak_bytes, memory.limit_bytes) == (int(20.5 * 2**30), int(15.75 * 2**30))
+    parts = {"reserved": 0.25, "program": 18.25, "arguments": 2.0}
+    assert memory.by_kind == {kind: int(size * 2**30) for kind, size in parts.items()}
+
+
+def test_an_early_refusal_is_of_the_temporaries_alone():
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (20.50G) exceeds available HBM (15.75G)."
+    )
+    memory = memory_of_failure(message, V5E, argument_bytes=2**30)
+    assert not memory.fits
+    assert memory.by_kind == {"arguments": 2**30, "temporaries": int(20.5 * 2**30)}
+    assert (memory.peak_bytes, memory.limit_bytes) == (int(21.5 * 2**30), int(15.75 * 2**30))
 
 
 @pytest.mark.parametrize("message", ["INTERNAL: a bug", "RESOURCE_EXHAUSTED: of something"])
