@@ -13,7 +13,7 @@ set -euo pipefail
 processes=2 devices=4
 if [[ $# -gt 0 && $1 != -- ]]; then processes=$1 && shift; fi
 if [[ $# -gt 0 && $1 != -- ]]; then devices=$1 && shift; fi
-if [[ ${1:-} != -- || $# -lt 2 ]]; then
+if [[ ${1:-} != -- || $# -lt 2 || ! "$processes $devices" =~ ^[1-9][0-9]*\ [1-9][0-9]*$ ]]; then
     sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi

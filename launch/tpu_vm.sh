@@ -11,10 +11,16 @@
 # Set in the environment: NAME (of the slice), ZONE, ACCELERATOR (such as v5litepod-256), WORKDIR
 # (gs://bucket/folder, which all hosts can write). Optional: PROJECT, VERSION (of the software;
 # default v2-alpha-tpuv5-lite for v5e), SPOT=1, QUEUED=1 (ask by a queued resource),
-# DINOV2_JAX_TAR_INDEX (where all hosts keep the index of tar shards; default WORKDIR/tar_index).
+# DINOV2_JAX_TAR_INDEX (where all hosts keep the index of tar shards; default WORKDIR/tar_index),
+# JAX_COMPILATION_CACHE_DIR (where they keep compiled programs; default WORKDIR/compiled).
 # FLAGS go to `python -m dinov2_jax.train`. After a preemption: delete, create, setup, run.
 set -euo pipefail
 
+usage() {
+    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+}
+if [[ $# -eq 0 || $1 == -* ]]; then usage; fi
 : "${NAME:?set NAME to the name of the slice}" "${ZONE:?set ZONE, such as us-west4-a}"
 repository=$(cd "$(dirname "$0")/.." && pwd)
 where=(--zone "$ZONE" ${PROJECT:+--project "$PROJECT"})
@@ -68,7 +74,9 @@ run)
     flags=$(printf ' %q' "$@")
     # In the background of every host, so that a lost connection does not end the run.
     index=${DINOV2_JAX_TAR_INDEX:-${WORKDIR%/}/tar_index}
-    everywhere "cd dinov2_jax && DINOV2_JAX_TAR_INDEX=$(printf %q "$index") nohup \
+    compiled=${JAX_COMPILATION_CACHE_DIR-${WORKDIR%/}/compiled}
+    everywhere "cd dinov2_jax && DINOV2_JAX_TAR_INDEX=$(printf %q "$index") \
+        JAX_COMPILATION_CACHE_DIR=$(printf %q "$compiled") nohup \
         ~/venv/bin/python -m dinov2_jax.train --distributed=on \
         --workdir=$(printf %q "$WORKDIR")$flags > ~/train.log 2>&1 < /dev/null & sleep 5; tail -n 3 ~/train.log"
     ;;
@@ -86,8 +94,5 @@ delete)
         gcloud compute tpus tpu-vm delete "$NAME" "${where[@]}" --quiet
     fi
     ;;
-*)
-    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
-    exit 2
-    ;;
+*) usage ;;
 esac

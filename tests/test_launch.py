@@ -27,13 +27,24 @@ def test_scripts_are_linted(path):
     assert path.stat().st_mode & 0o100 or path.suffix == ".sbatch"
 
 
-@pytest.mark.parametrize("name", ["tpu_vm.sh", "local_multiprocess.sh", "xpk.sh"])
-def test_without_arguments_a_script_says_how_to_use_it(name):
-    environment = {"PATH": "/usr/bin:/bin", "NAME": "n", "ZONE": "z"}
-    environment |= {"CLUSTER": "c", "TPU_TYPE": "t", "WORKDIR": "w"}
-    done = subprocess.run([LAUNCH / name], env=environment, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        *((name, ()) for name in ("tpu_vm.sh", "local_multiprocess.sh", "xpk.sh")),
+        *((name, ("--help",)) for name in ("tpu_vm.sh", "local_multiprocess.sh", "xpk.sh")),
+        ("local_multiprocess.sh", ("2", "4", "--config=x")),
+        ("local_multiprocess.sh", ("0", "4", "--", "--config=x")),
+        ("local_multiprocess.sh", ("2", "four", "--", "--config=x")),
+    ],
+)
+def test_without_arguments_that_it_knows_a_script_says_how_to_use_it(name, arguments):
+    """Before it asks for anything in the environment."""
+    environment = {"PATH": "/usr/bin:/bin"}
+    command = [LAUNCH / name, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
     assert done.returncode == 2
-    assert f"launch/{name}" in done.stderr and "set -euo" not in done.stderr
+    header = (LAUNCH / name).read_text().partition("\nset -euo")[0].splitlines()[1:]
+    assert done.stderr.splitlines() == [re.sub("^# ?", "", line) for line in header]
 
 
 def jobset() -> dict:
@@ -137,13 +148,28 @@ def commands(tmp_path, script: str, *arguments: str, says: str = "", code=0, **e
 # What a shell may change.
 PATTERN = "--config.data.path=gs://b/{000..127}.tar"
 FLAGS = ("--config=configs/vitg14.py", PATTERN)
-INDEX = "DINOV2_JAX_TAR_INDEX=gs://b/run 1/tar_index"
+# What hosts find for each other, where all of them can write.
+SHARED = {
+    "DINOV2_JAX_TAR_INDEX": "gs://b/run 1/tar_index",
+    "JAX_COMPILATION_CACHE_DIR": "gs://b/run 1/compiled",
+}
+
+
+def test_the_hosts_of_a_jobset_share_index_and_programs():
+    (replicated,) = jobset()["spec"]["replicatedJobs"]
+    (container,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
+    workdir = parse_flags(container["args"]).workdir
+    shared = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert shared == {
+        name: value.replace("gs://b/run 1", workdir) for name, value in SHARED.items()
+    }
 
 
 def test_tpu_vm_runs_the_flags_as_they_are_and_stops_nothing_but_the_run(tmp_path):
     ((*_, run),), _ = commands(tmp_path, "tpu_vm.sh", "run", *FLAGS)
     words = shlex.split(run)
-    assert INDEX in words and "--workdir=gs://b/run 1" in words
+    assert {f"{name}={value}" for name, value in SHARED.items()} < set(words)
+    assert "--workdir=gs://b/run 1" in words
     assert parse_flags(words[words.index("dinov2_jax.train") + 1 : words.index(">")]).overrides
     (tmp_path / "log").unlink()
     ((*_, stop),), _ = commands(tmp_path, "tpu_vm.sh", "stop")
@@ -168,8 +194,10 @@ def test_a_slice_that_will_not_come_is_not_waited_for(tmp_path):
 
 def test_xpk_passes_the_flags_as_they_are(tmp_path):
     (words,), _ = commands(tmp_path, "xpk.sh", *FLAGS)
-    options = dict(zip(words[3::2], words[4::2], strict=True))
-    assert options["--env"] == INDEX
+    pairs = list(zip(words[3::2], words[4::2], strict=True))
+    options = dict(pairs)
+    variables = [value for option, value in pairs if option == "--env"]
+    assert variables == [f"{name}={value}" for name, value in SHARED.items()]
     # As long as the other recipes give: its own 30 s are short for a large model's checkpoint.
     assert options["--termination-grace-period-seconds"] == "300"
     assert shlex.split(options["--command"])[-2:] == list(FLAGS)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from etils import epath
 from etils.epath import backend
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from dinov2_jax.checkpoints import Checkpoints, KeepPolicy
@@ -220,6 +221,29 @@ def test_a_workdir_is_on_a_disk_or_at_gs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(WorkdirError, match=r"pip install 'dinov2_jax\[gcs\]'"):
         workdir_path("gs://bucket/run")
+
+
+# The same, of what aiohttp finds large.
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+def test_what_is_compiled_can_lie_in_the_store(cache, place):
+    """`JAX_COMPILATION_CACHE_DIR=gs://..`: where the hosts of a pod can find it."""
+    hits = []
+
+    def listen(event: str, **_) -> None:
+        hits.append(event.endswith("/cache_hits"))
+
+    jax.config.update("jax_compilation_cache_dir", str(place / "compiled"))
+    compilation_cache.reset_cache()
+    jax.monitoring.register_event_listener(listen)
+    try:
+        for _ in range(2):
+            jax.jit(lambda x: 3 * x + len(place.name)).lower(jnp.zeros(5)).compile()
+        assert any(name.endswith("-cache") for name in names(place / "compiled"))
+        assert sum(hits) == 1
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        compilation_cache.reset_cache()
 
 
 def test_two_runs_cannot_be_told_apart_but_hosts_can(place):
