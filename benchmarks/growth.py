@@ -1,9 +1,9 @@
 """How the time of a step grows with batch, local crops, prototypes and depth; lines and a plot.
 
 The quickstart's step, one of its sizes changed at a time, all values of a size in turns. What is
-measured is added to a file, from which the plot is drawn.
+measured is added to a file, size by size: stop it at any time, the same command goes on.
 
-    python -m benchmarks.growth measure FILE --threads 1 [--axes batch crops]
+    python -m benchmarks.growth measure FILE --threads 1
     python -m benchmarks.growth plot FILE --picture docs/images/growth.png
 """
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.contenders import start_ours
 from benchmarks.turns import limit_threads, take_turns, timed
+from dinov2_jax.arguments import positive
 
 CONFIG = "quickstart"
 
@@ -96,38 +97,74 @@ def plot(lines: dict[str, Line], path: str) -> None:
     figure.savefig(path)
 
 
+def add(path: str, name: str, line: Line) -> None:
+    """Writes what was measured of an axis to the end of a file."""
+    row = {"axis": name, "values": line.values.tolist(), "seconds": line.seconds.tolist()}
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def read(path: str) -> dict[str, Line]:
     """The lines of a file of measurements; of an axis that is there twice, the last."""
-    rows = [json.loads(text) for text in pathlib.Path(path).read_text().splitlines()]
-    found = {row["axis"]: fit(row["values"], row["seconds"]) for row in rows}
+    found = {}
+    for number, text in enumerate(pathlib.Path(path).read_text().splitlines(), 1):
+        try:
+            row = json.loads(text)
+            found[row["axis"]] = fit(row["values"], row["seconds"])
+        except (ValueError, TypeError, KeyError) as error:
+            message = f"error: {path}, line {number} is no measurement; remove it"
+            raise SystemExit(message) from error
     return {name: found[name] for name in AXES if name in found}
+
+
+def describe(name: str, line: Line) -> str:
+    """ "depth: 5.0 ms + 91.2 ms each, within 2.0% of the largest"."""
+    return (
+        f"{name}: {1e3 * line.start:.1f} ms + {1e3 * line.slope:.4g} ms each, "
+        f"within {line.largest_miss:.1%} of the largest"
+    )
+
+
+def check(options: argparse.Namespace) -> None:
+    """Finds out before minutes of measuring what would fail after them."""
+    is_plot = options.what == "plot"
+    if is_plot and not pathlib.Path(options.file).is_file():
+        raise SystemExit(f"error: there is no file {options.file}; make it by measure")
+    target = pathlib.Path(options.picture if is_plot else options.file)
+    if not target.parent.is_dir():
+        raise SystemExit(f"error: {target}: there is no folder {target.parent}; create it")
+    if target.is_dir():
+        raise SystemExit(f"error: {target} is a folder; name a file in it")
+    if is_plot and target.suffix not in (".png", ".svg"):
+        raise SystemExit(f"error: --picture={target} must end in .png or .svg")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("what", choices=("measure", "plot"))
     parser.add_argument("file", help="of measurements, one line an axis")
-    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--axes", nargs="+", choices=AXES, help="to measure; default: those not in the file yet"
+    )
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--picture", default="growth.png", help="of plot; .png or .svg")
     options = parser.parse_args()
+    check(options)
+    lines = read(options.file) if pathlib.Path(options.file).exists() else {}
+    for name, line in lines.items():
+        print(describe(name, line))
     if options.what == "measure":
         limit_threads(options.threads)
         os.environ["JAX_PLATFORMS"] = "cpu"
-        for name in options.axes:
+        for name in options.axes or [name for name in AXES if name not in lines]:
             line = measure(AXES[name], options.rounds)
-            row = {"axis": name, "values": line.values.tolist(), "seconds": line.seconds.tolist()}
-            with open(options.file, "a") as file:
-                file.write(json.dumps(row) + "\n")
-    lines = read(options.file)
-    for name, line in lines.items():
-        print(
-            f"{name}: {1e3 * line.start:.1f} ms + {1e3 * line.slope:.4g} ms each, "
-            f"within {line.largest_miss:.1%} of the largest"
-        )
-    if options.what == "plot":
+            add(options.file, name, line)
+            print(describe(name, line), flush=True)
+    elif lines:
         plot(lines, options.picture)
+    else:
+        raise SystemExit(f"error: {options.file} is empty; fill it by measure")
 
 
 if __name__ == "__main__":
