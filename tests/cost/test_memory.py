@@ -34,12 +34,15 @@ def test_a_refusal_says_by_how_much():
         Total hbm usage >= 20.50G:
             reserved        0.25G
             program        18.25G
-            arguments       2.00G"""
+                HLO temp       18.00G
+                global        256.00K
+            arguments       2.00G
+            output       0.00B"""
     memory = memory_of_failure(message, V5E, argument_bytes=7)
     assert not memory.fits
     assert (memory.peak_bytes, memory.limit_bytes) == (int(20.5 * 2**30), int(15.75 * 2**30))
-    parts = {"reserved": 0.25, "program": 18.25, "arguments": 2.0}
-    assert memory.by_kind == {kind: int(size * 2**30) for kind, size in parts.items()}
+    parts = {"reserved": 0.25, "program": 18.25, "HLO temp": 18, "global": 2**-12, "arguments": 2}
+    assert memory.by_kind == {kind: size * 2**30 for kind, size in (parts | {"output": 0}).items()}
 
 
 def test_an_early_refusal_is_of_the_temporaries_alone():
