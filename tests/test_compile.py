@@ -168,6 +168,7 @@ def test_no_batch_fits(monkeypatch):
         (flags("cuda:v100:1x8"), "cuda:v100:1x8 must be CHIP:SHAPE.*GPUs: a100, h100, h200"),
         (flags("cuda:h100:8"), "the shape must have 2 axes, as cuda:h100:1x8 has"),
         (flags("v5e:2x2x2"), "the shape must have 2 axes"),
+        (flags("v5e:16x32"), "has 512 chips, but a slice of v5e at most 256; join several by --sl"),
         ([*flags("v5e:2x2"), "--slices=0"], "--slices=0 must be at least 1"),
         ([*flags("v5e:2x2"), "--slices=two"], "slices"),
         ([*flags("v5e:2x2"), "--find_max_batches"], "did you mean --find_max_batch"),

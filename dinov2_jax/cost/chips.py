@@ -28,6 +28,7 @@ class Chip:
       axes: of the torus; of GPUs, hosts and devices of a host.
       devices_per_chip: 1, or 2.
       example: a topology that works.
+      slice_chips: of the largest slice that there is; None for GPUs.
     """
 
     name: str
@@ -40,9 +41,23 @@ class Chip:
     axes: int
     example: str
     devices_per_chip: int = 1
+    slice_chips: int | None = None
 
 
-def _tpu(name, *, tflops, clock_ghz, hbm_gib, hbm_gbs, ring_gbs, dcn_gbs, axes, example, devices=1):
+def _tpu(
+    name,
+    *,
+    tflops,
+    clock_ghz,
+    hbm_gib,
+    hbm_gbs,
+    ring_gbs,
+    dcn_gbs,
+    axes,
+    example,
+    slice_chips,
+    devices=1,
+):
     return Chip(
         name=name,
         peak_flops=tflops * 1e12 / devices,
@@ -54,6 +69,7 @@ def _tpu(name, *, tflops, clock_ghz, hbm_gib, hbm_gbs, ring_gbs, dcn_gbs, axes, 
         axes=axes,
         example=example,
         devices_per_chip=devices,
+        slice_chips=slice_chips,
     )
 
 
@@ -70,6 +86,7 @@ TPUS = {
             dcn_gbs=6.25,
             axes=3,
             example="v4:4x4x4",
+            slice_chips=4096,
         ),
         _tpu(
             "v5e",
@@ -81,6 +98,7 @@ TPUS = {
             dcn_gbs=3.125,
             axes=2,
             example="v5e:16x16",
+            slice_chips=256,
         ),
         _tpu(
             "v5p",
@@ -92,6 +110,7 @@ TPUS = {
             dcn_gbs=6.25,
             axes=3,
             example="v5p:4x4x8",
+            slice_chips=6144,
         ),
         _tpu(
             "v6e",
@@ -103,6 +122,7 @@ TPUS = {
             dcn_gbs=12.5,
             axes=2,
             example="v6e:16x16",
+            slice_chips=256,
         ),
         _tpu(
             "tpu7x",
@@ -114,6 +134,7 @@ TPUS = {
             dcn_gbs=12.5,
             axes=3,
             example="tpu7x:4x4x4",
+            slice_chips=9216,
             devices=2,
         ),
     )

@@ -5,6 +5,7 @@ In: a name such as "v5e:16x16" or "cuda:h100:1x8". Out: devices to compile for, 
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -61,6 +62,12 @@ def open_topology(name: str, *, num_slices: int = 1) -> Topology:
     if shape.count("x") + 1 != chip.axes:
         raise TopologyError(
             f"--topology={name}: the shape must have {chip.axes} axes, as {chip.example} has"
+        )
+    num_chips = math.prod(int(side) for side in shape.split("x"))
+    if chip.slice_chips and num_chips > chip.slice_chips:
+        raise TopologyError(
+            f"--topology={name} has {num_chips} chips, but a slice of {kind} at most "
+            f"{chip.slice_chips}; join several by --slices"
         )
     if num_slices < 1:
         raise TopologyError(f"--slices={num_slices} must be at least 1")
