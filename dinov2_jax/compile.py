@@ -117,6 +117,7 @@ def check(
       ConfigError: the configuration cannot run on these devices.
       CompilerError: the compiler fails, and not for want of memory.
     """
+    config = without_cudnn(config, platform=topology.devices[0].platform)
     mesh = startup.build_mesh(config, topology.devices)
     chip = topology.chip
     with jax.set_mesh(mesh):
@@ -173,6 +174,23 @@ def check(
             for part, kinds in step.table().items()
         }
     return figures, step
+
+
+def without_cudnn(config, *, platform: str):
+    """The configuration with the attention of XLA where a run's own choice may be cuDNN.
+
+    cuDNN is asked for its version when a step is traced, and without a GPU it does not answer.
+    """
+    if platform not in ("gpu", "cuda") or config.attention == "xla":
+        return config
+    if config.attention == "cudnn":
+        raise ConfigError(
+            "attention=cudnn cannot be compiled without a GPU; leave it at auto, which is xla here"
+        )
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.attention = "xla"
+    return config
 
 
 def find_max_batch(

@@ -111,8 +111,30 @@ def test_gpus_too(tmp_path):
     assert compile.main([*flags("cuda:h100:2x2"), f"--json={file}"]) == 0
     figures = json.loads(file.read_text())
     assert (figures["devices"], figures["dtype"]) == (4, "bfloat16")
+    assert figures["attention"] == "xla"
     assert figures["hbm_peak_bytes"] > 0 and figures["collective_bytes"]["all-reduce"] > 0
     assert figures["estimated_step_seconds"] is None
+
+
+@pytest.mark.parametrize(
+    ("platform", "attention", "expected"),
+    [
+        ("gpu", "auto", "xla"),
+        ("cuda", "auto", "xla"),
+        ("tpu", "auto", "auto"),
+        ("gpu", "xla", "xla"),
+    ],
+)
+def test_no_gpu_no_cudnn(platform, attention, expected):
+    texts = [*TINY_TEXTS, ("attention", attention)]
+    cfg = config.load_config(str(REPOSITORY / "configs/vits14.py"), texts, needs_data=False)
+    assert compile.without_cudnn(cfg, platform=platform).attention == expected
+    assert cfg.attention == attention
+    with cfg.unlocked():
+        cfg.attention = "cudnn"
+    if platform != "tpu":
+        with pytest.raises(config.ConfigError, match=r"attention=cudnn cannot be .* at auto"):
+            compile.without_cudnn(cfg, platform=platform)
 
 
 def test_max_batch_is_found_by_doubling_and_halving(monkeypatch, capsys):
