@@ -11,6 +11,7 @@ import os
 import pathlib
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 # Before jax is imported: an accelerator of this machine is none of this command's business.
@@ -28,7 +29,7 @@ from dinov2_jax.cost.memory import CompilerError, memory_of, memory_of_failure
 from dinov2_jax.cost.topology import Topology, TopologyError, open_topology
 from dinov2_jax.flags import parse_with_overrides
 
-DOES_NOT_FIT, WRONG_INPUT = 1, 2
+DOES_NOT_FIT, FAILED = 1, 2
 # Without its long search for fast code the compiler takes a fifth of the time, and a little more
 # memory: what fits so, fits.
 QUICK = {"optimization_level": 9}  # jax's number of its level O0
@@ -93,15 +94,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         topology = open_topology(flags.topology, num_slices=flags.slices)
         run = find_max_batch if flags.find_max_batch else check
         figures, step = run(config, topology, is_quick=flags.fits_only, hlo_file=flags.hlo)
+        print_figures(figures)
+        if step is not None:
+            print_estimate(figures, step, breakdown=flags.breakdown)
+        if flags.json:
+            pathlib.Path(flags.json).write_text(json.dumps(figures, indent=2) + "\n")
+        return 0 if figures["fits"] else DOES_NOT_FIT
     except (ConfigError, TopologyError, CompilerError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return WRONG_INPUT
-    print_figures(figures)
-    if step is not None:
-        print_estimate(figures, step, breakdown=flags.breakdown)
-    if flags.json:
-        pathlib.Path(flags.json).write_text(json.dumps(figures, indent=2) + "\n")
-    return 0 if figures["fits"] else DOES_NOT_FIT
+    except Exception:  # which Python ends with 1: that would say that the step does not fit
+        traceback.print_exc()
+    return FAILED
 
 
 def check(

@@ -222,6 +222,12 @@ def test_a_compiler_that_fails_is_one_line_and_not_a_step_that_does_not_fit(monk
     assert error == "error: the compiler failed: INTERNAL: Mosaic failed at line 7\n"
 
 
+def test_a_mistake_of_ours_does_not_say_that_the_step_does_not_fit(monkeypatch, capsys):
+    monkeypatch.setattr(compile, "open_topology", lambda *_, **__: 1 / 0)
+    assert compile.main(flags("v5e:2x2")) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize(
     ("argv", "message"),
