@@ -25,7 +25,7 @@ class _History(NamedTuple):
     steps: jax.Array  # [memory, problems, p]
     changes: jax.Array  # of the gradient, likewise
     weights: jax.Array  # [memory, problems]: 1 / (step . change), 0 for no pair
-    scale: jax.Array  # [problems]
+    scale: jax.Array  # [problems]; 0 before the first pair
 
 
 class State(NamedTuple):
@@ -43,13 +43,36 @@ class State(NamedTuple):
         return self.point.x
 
 
+def begin(x: jax.Array, *, memory: int = 10) -> State:
+    """The state before the first iteration, which makes no step: it looks at the start alone.
+
+    Args:
+      x: `[problems, p]`.
+      memory: pairs kept.
+    """
+    num_problems, num_params = x.shape
+    pairs = (memory, num_problems, num_params)
+    dtype = x.dtype
+    return State(
+        _Point(x, jnp.full(num_problems, jnp.inf, dtype), jnp.zeros_like(x)),
+        _History(
+            jnp.zeros(pairs, dtype),
+            jnp.zeros(pairs, dtype),
+            jnp.zeros(pairs[:2], dtype),
+            jnp.zeros(num_problems, dtype),
+        ),
+        jnp.full(num_problems, jnp.inf, dtype),
+        jnp.zeros(num_problems, bool),
+        jnp.zeros(num_problems, jnp.int32),
+    )
+
+
 def minimize(
     value_and_gradient: ValueAndGradient,
-    start: jax.Array | State,
+    state: State,
     *,
     max_iterations: int | jax.Array,
     tolerance: float,
-    memory: int = 10,
 ) -> State:
     """Minimises every problem until no entry of its gradient exceeds the tolerance.
 
@@ -57,15 +80,12 @@ def minimize(
 
     Args:
       value_and_gradient: of convex functions.
-      start: `[problems, p]`; or where an earlier call has ended, from which this one goes on.
+      state: of `begin`, or where an earlier call has ended, from which this one goes on.
       max_iterations: of each problem, in this call.
       tolerance: see above.
-      memory: pairs kept.
 
     References: Nocedal and Wright, Numerical Optimization, algorithms 7.4 and 7.5.
     """
-    if not isinstance(start, State):
-        start = _begin(value_and_gradient, start, tolerance, memory)
 
     def goes_on(state_and_count):
         state, count = state_and_count
@@ -80,24 +100,7 @@ def minimize(
         history = _remember(history, new.x - point.x, new.gradient - point.gradient)
         return State(new, history, gradient, is_done_now, iterations + ~is_done), count + 1
 
-    return jax.lax.while_loop(goes_on, iterate, (start, 0))[0]
-
-
-def _begin(
-    value_and_gradient: ValueAndGradient, start: jax.Array, tolerance: float, memory: int
-) -> State:
-    num_problems, num_params = start.shape
-    point = _Point(start, *value_and_gradient(start))
-    no_pairs = jnp.zeros((memory, num_problems, num_params), start.dtype)
-    history = _History(
-        no_pairs,
-        no_pairs,
-        jnp.zeros((memory, num_problems), start.dtype),
-        1 / jnp.maximum(1, jnp.sqrt(_dot(point.gradient, point.gradient))),
-    )
-    gradient = _largest(point.gradient)
-    iterations = jnp.zeros(num_problems, jnp.int32)
-    return State(point, history, gradient, gradient <= tolerance, iterations)
+    return jax.lax.while_loop(goes_on, iterate, (state, 0))[0]
 
 
 def _direction(gradient: jax.Array, history: _History) -> jax.Array:
@@ -112,9 +115,12 @@ def _direction(gradient: jax.Array, history: _History) -> jax.Array:
         (step, change, weight), share = pair
         return r + (share - weight * _dot(change, r))[:, None] * step, None
 
+    # Without a pair the first step is no longer than one.
+    first = 1 / jnp.maximum(1, jnp.sqrt(_dot(gradient, gradient)))
+    scale = jnp.where(history.scale > 0, history.scale, first)
     pairs = (history.steps, history.changes, history.weights)
     q, shares = jax.lax.scan(from_newest, gradient, pairs, reverse=True)
-    r, _ = jax.lax.scan(from_oldest, history.scale[:, None] * q, (pairs, shares))
+    r, _ = jax.lax.scan(from_oldest, scale[:, None] * q, (pairs, shares))
     # Rounding may spoil a direction at the very end: the gradient's own always descends.
     descends = _dot(r, gradient) > 0
     return -jnp.where(descends[:, None], r, gradient)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dinov2_jax.evals.lbfgs import minimize
+from dinov2_jax.evals.lbfgs import begin, minimize
 from dinov2_jax.progress import format_secs
 
 # The protocol's 45 values (SimCLR's; dinov2/eval/log_regression.py).
@@ -111,7 +111,9 @@ def fit_grid(
                 is_softmax=is_softmax,
                 tolerance=TOLERANCE[dtype],
             )
-            state, later = None, len(range(start + size, len(grid), size))
+            num_weights = (len(variances) + 1) * hot.shape[1]
+            state = begin(jnp.zeros((size, num_weights), dtype), memory=_MEMORY)
+            later = len(range(start + size, len(grid), size))
             for done in range(0, max_iterations, _ITERATIONS_AT_ONCE):
                 began, more = time.monotonic(), min(_ITERATIONS_AT_ONCE, max_iterations - done)
                 state, *found = solve(state, more)
@@ -133,8 +135,8 @@ def fit_grid(
 
 @partial(jax.jit, static_argnames=("is_softmax", "tolerance"), donate_argnums=5)
 def _solve(features, hot, counts, grid, variances, state, num_iterations, *, is_softmax, tolerance):
-    """So many iterations more of the grid `[k]`: its state (None: from the start), and what that
-    means: kernels `[k, d, c]` and biases `[k, c]`."""
+    """So many iterations more of the grid `[k]`: its state, and what that means: kernels
+    `[k, d, c]` and biases `[k, c]`."""
     (n, d), c = features.shape, hot.shape[1]
     penalty = 1 / (grid * n)
     # Of the loss along an axis of variance one, about: the surer the classes, the flatter it is.
@@ -161,13 +163,7 @@ def _solve(features, hot, counts, grid, variances, state, num_iterations, *, is_
         (_, values), gradients = jax.value_and_grad(loss, has_aux=True)(x)
         return values, gradients
 
-    state = minimize(
-        value_and_gradient,
-        jnp.zeros((len(grid), (d + 1) * c), features.dtype) if state is None else state,
-        max_iterations=num_iterations,
-        tolerance=tolerance,
-        memory=_MEMORY,
-    )
+    state = minimize(value_and_gradient, state, max_iterations=num_iterations, tolerance=tolerance)
     return state, *unpack(state.x)
 
 
