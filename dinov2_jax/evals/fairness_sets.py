@@ -4,7 +4,7 @@ import ast
 import csv
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from dinov2_jax.data.records import DataError
 from dinov2_jax.evals.fairness import (
@@ -94,12 +94,12 @@ def read_people(data: str, *, columns: Mapping[str, str], group_by: Sequence[str
     groups = {}
     if concepts is not None:
         if (incomes := column("income")) is not None:
-            groups["income"] = [income_bucket(x) for x in incomes]
+            groups["income"] = _bucketed(incomes, income_bucket, path)
         if (regions := column("region")) is not None:
             groups["region"] = [REGIONS.get(x.lower(), x.lower()) for x in regions]
     else:
         genders = [x.lower() for x in column("gender", needed=True)]
-        skins = [skin_bucket(x) for x in column("skin", needed=True)]
+        skins = _bucketed(column("skin", needed=True), skin_bucket, path)
         groups["gender_skin"] = [f"{x}_{y}" for x, y in zip(genders, skins, strict=True)]
         if (ages := column("age")) is not None:
             groups["age"] = [age_bucket(x) for x in ages]
@@ -165,6 +165,16 @@ def _numbers(values: Sequence[str], kind: type, what: str) -> list:
             found.append(kind(text))
         except ValueError:
             raise DataError(f"{what} must be a number, not {text!r} (line {line})") from None
+    return found
+
+
+def _bucketed(values: Sequence, bucket: Callable, path: pathlib.Path) -> list[str]:
+    found = []
+    for line, value in enumerate(values, 2):
+        try:
+            found.append(bucket(value))
+        except ValueError as error:
+            raise DataError(f"{path} line {line}: {error}; correct it") from None
     return found
 
 

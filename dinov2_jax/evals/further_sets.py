@@ -8,11 +8,12 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from dinov2_jax.data.records import DataError
+from dinov2_jax.data.sources import open_source
 from dinov2_jax.evals.scores import (
     ALEXNET_ERROR,
     corruption_errors,
@@ -32,8 +33,7 @@ LAYOUT = (
 )
 _MCE, _NUM_SEVERITIES = len(ALEXNET_ERROR), 5
 
-# Logits of the probe for features: [rows, training classes].
-Score = Callable[[FeatureSet], np.ndarray]
+Score = Callable[[FeatureSet], np.ndarray]  # features -> logits [rows, training classes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +137,37 @@ def training_classes(
     return found
 
 
+def check_sets(
+    sets: Sequence[FurtherSet],
+    val: FeatureSet,
+    *,
+    of: Sequence[str],
+    alexnet: Collection[str],
+) -> None:
+    """Finds what is wrong with sets before a probe is trained.
+
+    Args:
+      sets: that it will be judged on.
+      val: features of the tested split.
+      of: names of the training classes.
+      alexnet: corruptions whose error is known.
+
+    Raises:
+      DataError: nothing is at a path, or what is there cannot be used.
+    """
+    for each in sets:
+        for path in filter(None, (each.classes, each.kind != "images" and each.path)):
+            if not os.path.exists(path):
+                raise DataError(f"{each.name}: {path} is not there; expected: {LAYOUT}")
+        if each.kind == "label_sets":
+            read_label_sets(each.path, val, num_classes=len(of))
+        elif each.kind == "corruptions":
+            _severities(each.path, alexnet)
+        else:
+            names = open_source(each.path).label_names
+            training_classes(names, of=of, at=each.name, file=each.classes)
+
+
 def judge_images(
     features: FeatureSet, score: Score, *, of: Sequence[str], at: str, file: str | None
 ) -> Found:
@@ -177,6 +208,9 @@ def read_label_sets(path: str, features: FeatureSet, *, num_classes: int) -> lis
         found = json.loads(pathlib.Path(path).read_text())
     except ValueError as error:
         raise DataError(f"{path} must be JSON ({error}); expected: {LAYOUT}") from error
+    lists = found.values() if isinstance(found, dict) else found
+    if not isinstance(lists, Iterable) or not all(map(_is_label_set, lists)):
+        raise DataError(f"{path} must hold lists of class numbers; expected: {LAYOUT}")
     files = [os.path.basename(name) for name in features.paths]
     if isinstance(found, list):
         total = features.index["images"]
@@ -223,23 +257,9 @@ def judge_corruptions(
     Raises:
       DataError: the folder has another layout, or a corruption that `alexnet` lacks.
     """
-    root = pathlib.Path(path)
-    folders = sorted(child for child in root.iterdir() if child.is_dir())
-    severities = {
-        folder.name: sorted((f for f in folder.iterdir() if f.name.isdecimal()), key=_number)
-        for folder in folders
-    }
-    empty = [name for name, found in severities.items() if not found]
-    unknown = [name for name in severities if name not in alexnet]
-    if not severities or empty or unknown:
-        raise DataError(
-            f"{path}: corruptions {empty or unknown or 'none'} "
-            + ("have no AlexNet error, see --alexnet-errors" if unknown and not empty else "")
-            + f"; expected: {LAYOUT}"
-        )
     errors = {
         name: [judge(str(f), f"{name} {f.name}") for f in found]
-        for name, found in severities.items()
+        for name, found in _severities(path, alexnet).items()
     }
     relative = corruption_errors(errors, alexnet)
     standard = [
@@ -259,5 +279,22 @@ def judge_corruptions(
     )
 
 
-def _number(folder: pathlib.Path) -> int:
-    return int(folder.name)
+def _severities(path: str, alexnet: Collection[str]) -> dict[str, list[pathlib.Path]]:
+    """Folders of the severities, by corruption."""
+    severities = {}
+    for folder in sorted(child for child in pathlib.Path(path).iterdir() if child.is_dir()):
+        numbered = [child for child in folder.iterdir() if child.name.isdecimal()]
+        severities[folder.name] = sorted(numbered, key=lambda child: int(child.name))
+    empty = [name for name, found in severities.items() if not found]
+    unknown = [name for name in severities if name not in alexnet]
+    if not severities or empty or unknown:
+        raise DataError(
+            f"{path}: corruptions {empty or unknown or 'none'} "
+            + ("have no AlexNet error, see --alexnet-errors" if unknown and not empty else "")
+            + f"; expected: {LAYOUT}"
+        )
+    return severities
+
+
+def _is_label_set(found: object) -> bool:
+    return isinstance(found, list) and all(isinstance(label, int) for label in found)

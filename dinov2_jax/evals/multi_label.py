@@ -10,6 +10,7 @@ import numpy as np
 
 from dinov2_jax.data.folder import open_files
 from dinov2_jax.data.records import DataError, Source
+from dinov2_jax.evals.task import require_classes
 from dinov2_jax.features.read import FeatureSet
 
 LAYOUT = (
@@ -50,6 +51,22 @@ class MultiLabels(NamedTuple):
         return wide
 
 
+def check_targets(targets: np.ndarray, *, names: Sequence[str], at: str) -> None:
+    """Checks that every class can be learnt from the images `[images, classes]` of a split.
+
+    Raises:
+      DataError: there are fewer than two classes, or one that all images have or none.
+    """
+    require_classes(len(names), at=at, layout=LAYOUT)
+    is_one_sided = ~((targets == 1).any(axis=0) & (targets == 0).any(axis=0))
+    if is_one_sided.any():
+        found = [name for name, is_so in zip(names, is_one_sided, strict=True) if is_so]
+        raise DataError(
+            f"{at}: each class must be on some images and not on others, and {found[:5]} are not; "
+            "add images, or leave the class out"
+        )
+
+
 def is_multi_label(data: str) -> bool:
     """Whether a folder is laid out as `LAYOUT`."""
     root = pathlib.Path(data).expanduser()
@@ -75,6 +92,8 @@ def read_multi_labels(data: str, splits: Sequence[str]) -> MultiLabels | None:
 def _read_json(root: pathlib.Path, path: pathlib.Path) -> MultiLabels:
     try:
         found = json.loads(path.read_text())
+        if not all(isinstance(names, list) for names in found.values()):
+            raise TypeError("the classes of an image must be a list")
         classes = {image: [str(name) for name in names] for image, names in found.items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise DataError(f"{path} cannot be used ({error}); expected: {LAYOUT}") from error

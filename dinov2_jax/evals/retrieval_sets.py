@@ -184,6 +184,8 @@ def _open_list(path: pathlib.Path) -> RetrievalSet:
     row_of = {name: row for row, name in enumerate(database)}
     if not database or len(row_of) != len(database):
         raise DataError(f"{path}: database must name at least one image, and none twice")
+    if not content["queries"]:
+        raise DataError(f"{path}: queries must have one at least; expected {LAYOUT}")
     queries, relevant, boxes = [], [], []
     for query in content["queries"]:
         unknown = set(query) - _QUERY_KEYS

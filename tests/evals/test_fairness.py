@@ -113,7 +113,8 @@ def test_metadata(tmp_path):
         ("image,concept\na,b\n", {}, "has no groups"),
         ("image,gender\na,b\n", {}, "has no column skin"),
         ("image,concept,income\n", {}, "names no image"),
-        ("image,concept,income\na,b,-3\n", {}, "must be a positive number"),
+        ("image,concept,income\na,b,-3\n", {}, "csv line 2: income=-3.0 must be a positive number"),
+        ("image,gender,skin\na,male,2\nb,male,7\n", {}, "csv line 3: skin=7 must be between 1 and"),
         (
             "image,gender,skin,years\na,female,1,7\nb,male,5,17\n",
             {"age": "years"},

@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from dinov2_jax.data.records import DataError
 from dinov2_jax.evals.further_sets import (
     FurtherSet,
+    check_sets,
     judge_corruptions,
     judge_images,
     judge_label_sets,
@@ -16,6 +18,7 @@ from dinov2_jax.evals.further_sets import (
 )
 from dinov2_jax.evals.scores import ALEXNET_ERROR
 from dinov2_jax.features.read import FeatureSet
+from tests.evals.conftest import write_images
 
 TRAIN = ("ape", "bee", "cat", "dog")
 
@@ -143,6 +146,9 @@ def test_label_sets_in_the_order_of_file_names(tmp_path):
         ('{"a.jpg": [0]}', 2, r"must have a list, empty or not, for each image; not \['b.jpg'\]"),
         ('{"a.jpg": [0], "b.jpg": [9]}', 2, r"has classes \[9\]; they must be numbers below 4"),
         ("{", 2, "must be JSON .*expected: "),
+        ("3", 2, "must hold lists of class numbers; expected: images"),
+        ('{"a.jpg": 0, "b.jpg": 1}', 2, "must hold lists of class numbers"),
+        ('[["a"], [0]]', 2, "must hold lists of class numbers"),
     ],
 )
 def test_label_set_errors(tmp_path, text, images, message):
@@ -150,6 +156,26 @@ def test_label_set_errors(tmp_path, text, images, message):
     features = make_features(["a.jpg", "b.jpg"], images=images)
     with pytest.raises(ValueError, match=message):
         judge_label_sets(features, lambda _: None, path=str(tmp_path / "real.json"), num_classes=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "classes", "message"),
+    [
+        ("real.json", "label_sets", None, r"new: .*real.json is not there; expected: images"),
+        ("c", "corruptions", None, r"new: .*c is not there; expected: images"),
+        ("few.json", "label_sets", None, "has 1 lists and the tested split 2 images"),
+        ("fog", "corruptions", None, r"corruptions \['green', 'red'\] ; expected: images"),
+        ("v2", "images", None, "nothing found at .*v2"),
+        ("fog", "images", "list.txt", r"new: .*list.txt is not there"),
+        ("fog", "images", None, r"classes \['green'\] of new are not among the 2 of training"),
+    ],
+)
+def test_sets_are_checked_before_any_work(tmp_path, name, kind, classes, message):
+    (tmp_path / "few.json").write_text("[[0]]")
+    write_images(tmp_path / "fog", count=1, seed=0, classes=("red", "green"))
+    wrong = FurtherSet("new", str(tmp_path / name), kind, classes and str(tmp_path / classes))
+    with pytest.raises(DataError, match=message):
+        check_sets([wrong], make_features(["a.jpg", "b.jpg"]), of=("ape", "red"), alexnet={})
 
 
 def corruptions(root, names, severities=range(1, 6)):

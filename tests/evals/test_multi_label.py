@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dinov2_jax.evals.feature_cache import cached_features
-from dinov2_jax.evals.multi_label import is_multi_label, read_multi_labels
+from dinov2_jax.evals.multi_label import check_targets, is_multi_label, read_multi_labels
 from tests.evals.conftest import write_images
 
 
@@ -63,8 +63,23 @@ def test_voc(tmp_path):
         read_multi_labels(str(tmp_path), ("train",))
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "{", '{"a.png": 3}'])
+@pytest.mark.parametrize("text", ["[1, 2]", "{", '{"a.png": 3}', '{"a.png": "cat"}'])
 def test_a_file_of_another_kind(tmp_path, text):
     (tmp_path / "train.json").write_text(text)
     with pytest.raises(ValueError, match=r"train.json cannot be used .*expected: for several"):
         read_multi_labels(str(tmp_path), ("train",))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"a": [1, 0, 1]}, "of two or more classes, found 1; expected: for several classes"),
+        ({}, "of two or more classes, found 0; expected: "),
+        ({"a": [1, 0, 1], "all": [1, 1, -1], "no": [0, -1, 0]}, r"\['all', 'no'\] are not; add"),
+    ],
+)
+def test_classes_that_cannot_be_learnt(columns, message):
+    targets = np.array(list(columns.values()), np.int8).reshape(len(columns), 3).T
+    with pytest.raises(ValueError, match=f"^train.json.*{message}"):
+        check_targets(targets, names=tuple(columns), at="train.json")
+    check_targets(np.eye(2, dtype=np.int8), names=("a", "b"), at="train.json")

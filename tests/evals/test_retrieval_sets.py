@@ -185,6 +185,12 @@ def test_lists_that_are_wrong(tmp_path, database, query, message):
         open_retrieval(path)
 
 
+def test_a_list_without_queries(tmp_path):
+    path = write_list(tmp_path / "list.json", ["a"], [])
+    with pytest.raises(DataError, match="queries must have one at least; expected"):
+        open_retrieval(path)
+
+
 def test_what_is_no_set_gets_the_layout(tmp_path):
     with pytest.raises(DataError, match=re.escape("gnd_roxford5k.pkl and jpg/")):
         open_retrieval(str(tmp_path))

@@ -110,9 +110,9 @@ def run(run: Run) -> Result:
     layout = find_layout(run.data) if flags.layout == "auto" else flags.layout
     facts = LAYOUTS[layout]
     _check_flags(flags)
+    test = _open(run, layout, "test")  # what is wrong with it is known before the training
     predictor = _trained(run, layout) if flags.head is None else _loaded(run, layout)
     name, mask = predictor.protocol["protocol"], flags.mask or facts.mask
-    test = _open(run, layout, "test")
     is_own = layout == "plain" and flags.range is not None
     judged_range = tuple(flags.range) if is_own else facts.depth_range
 

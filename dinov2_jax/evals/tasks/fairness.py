@@ -90,6 +90,11 @@ def run(run: Run) -> Result:
         raise ValueError(
             f"--by-household: {run.data} has no column household; name it by --columns"
         )
+    file = _located(run, flags.meanings or MEANINGS_FILE)
+    if not os.path.exists(file):
+        if flags.meanings:
+            raise DataError(f"--meanings {file} is not there; give a file of lines 'class,meaning'")
+        file = None
     sizes = crop_sizes(flags)
     what = probe_what(run)
     features = run.features(open_exactly(people.images, at=run.data), what=what, **sizes)
@@ -97,9 +102,6 @@ def run(run: Run) -> Result:
         classifier, classes, settings = _train(run, what, sizes)
     else:
         classifier, classes, settings = _read_head(run, columns_of(features))
-    file = _located(run, flags.meanings or MEANINGS_FILE)
-    if flags.meanings is None and not os.path.exists(file):
-        file = None
     meanings = read_meanings(file, classes, are_associations=people.concepts is None)
     logits = classifier.logits(features)
     ranked = top_classes(logits, RANKS)
@@ -111,7 +113,9 @@ def run(run: Run) -> Result:
             ranked, probabilities, meanings, least_probability=flags.least_probability
         )
     else:
-        found = {"": hits(ranked, meanings, [people.concepts[i] for i in there])}
+        concepts = [people.concepts[i] for i in there]
+        _say_unknown(run, concepts, meanings)
+        found = {"": hits(ranked, meanings, concepts)}
     households = None
     if flags.by_household:
         households = [people.households[i] for i in there]
@@ -131,6 +135,15 @@ def run(run: Run) -> Result:
         counts={"test": len(features), "classes": len(classes), **_sizes(groups)},
         details=details,
     )
+
+
+def _say_unknown(run: Run, concepts, meanings) -> None:
+    unknown = sorted(frozenset().union(*concepts) - frozenset().union(*meanings))
+    if unknown:
+        run.say(
+            f"no class means {len(unknown)} of the concepts, such as {', '.join(unknown[:3])}: "
+            "nothing can hit them; see --meanings"
+        )
 
 
 def _by_group(run: Run, found, groups, households) -> tuple[dict[str, float], dict[str, Any]]:

@@ -17,6 +17,7 @@ from dinov2_jax.evals.further_sets import (
     Found,
     FurtherSet,
     Score,
+    check_sets,
     judge_corruptions,
     judge_images,
     judge_label_sets,
@@ -93,6 +94,7 @@ def run(run: Run) -> Result:
         of=names,
         at="the tested split",
     )
+    check_sets(further, val, of=names, alexnet=alexnet)
     trained_on, num_train = _trained_on(run, train, embed)
     classifier, protocol, grid = fit_probe(
         run,

@@ -88,7 +88,7 @@ class Predictor(NamedTuple):
     maps: Maps  # of windows
     slide: Slide
     protocol: dict[str, Any]
-    names: dict[int, str] | None  # of classes; None: the data set's
+    test: MaskSet  # opened before any training: what is wrong with it is known at once
     num_classes: int
     num_train: int
 
@@ -101,7 +101,7 @@ def run(run: Run) -> Result:
     else:
         predictor = _voting(run) if flags.protocol == "knn" else _trained(run)
     name, slide = predictor.protocol["protocol"], predictor.slide
-    test = _open(run, tested(flags), names=predictor.names)
+    test = predictor.test
     if len(test.ids) != predictor.num_classes:
         raise ValueError(
             f"{flags.head.path} predicts {predictor.num_classes} classes, and {run.data} has "
@@ -156,11 +156,12 @@ def _loaded(run: Run) -> Predictor:
     allowed = [flags.protocol] if flags.protocol else SEGMENTATION
     head, variables, facts = load_head(flags.head.path, run.model, allowed=allowed)
     names = {int(number): name for number, name in facts.get("classes", {}).items()}
+    test = _open(run, tested(flags), names=names or None)
     return Predictor(
         head_maps(run.model, head, variables, batch_size=run.batch_size),
         _slide(flags, head.protocol),
         {"protocol": head.protocol, "layers": list(head.layers)},
-        names or None,
+        test,
         head.module.num_classes,
         0,
     )
@@ -169,6 +170,7 @@ def _loaded(run: Run) -> Predictor:
 def _voting(run: Run) -> Predictor:
     flags, model, slide = run.flags, run.model, _slide(run.flags, "knn")
     train, threads = _open(run, (flags.train_split,)), num_threads(flags)
+    test = _open(run, tested(flags), names=train.names)
     images = map_ahead(train.read, range(len(train)), num_threads=threads, ahead=2 * threads)
     bank = build_bank(
         images,
@@ -202,13 +204,14 @@ def _voting(run: Run) -> Predictor:
         "vote": flags.vote,
         "bank_patches": len(bank.classes),
     }
-    return Predictor(maps, slide, protocol, train.names, len(train.ids), len(train))
+    return Predictor(maps, slide, protocol, test, len(train.ids), len(train))
 
 
 def _trained(run: Run) -> Predictor:
     flags, model = run.flags, run.model
     name = flags.protocol or "linear"
     slide, train = _slide(flags, name), _open(run, (flags.train_split,))
+    test = _open(run, tested(flags), names=train.names)
     head = segmentation_head(model, name, len(train.ids))
     schedule = HeadSchedule(
         decay="poly",
@@ -253,7 +256,7 @@ def _trained(run: Run) -> Predictor:
         is_shown=run.is_primary,
     )
     maps = head_maps(model, head, variables, batch_size=run.batch_size)
-    return Predictor(maps, slide, settings, train.names, len(train.ids), len(train))
+    return Predictor(maps, slide, settings, test, len(train.ids), len(train))
 
 
 def _slide(flags: argparse.Namespace, name: str) -> Slide:

@@ -78,13 +78,18 @@ def test_a_head_and_both_gaps(data, head, tmp_path, capsys):
     assert record["metrics"]["region_africa"] == pytest.approx(100 * (1 + 1 / 2) / 2)
 
 
-def test_a_classifier_of_a_folder(data, tmp_path):
+def test_a_classifier_of_a_folder(data, tmp_path, capsys):
     flags = ("--train", data, "--iterations", 40, "--probe-batch-size", 8)
     code, record = run(data, tmp_path / "out", *flags)
     assert code == 0
     # Four classes: the five best are all of them.
     assert record["metrics"]["hits_all"] == 100
     assert record["protocol"]["classifier"].startswith("cls")
+    assert "no class means" not in capsys.readouterr().out
+    (data / "meanings.csv").write_text("left,left\n")
+    assert run(data, tmp_path / "out", *flags, "--force")[0] == 0
+    said = capsys.readouterr().out
+    assert "no class means 1 of the concepts, such as right: nothing can hit them" in said
 
 
 def test_associations(data, head, tmp_path):
@@ -109,6 +114,7 @@ def test_associations(data, head, tmp_path):
     "flags, message",
     [
         ((), "give the classifier by --train DIR or by --head FILE"),
+        (("--train", ".", "--meanings", "none.csv"), "none.csv is not there; give a file of lines"),
         (("--head", "x", "--columns", "image"), "must be of the form ours=theirs"),
         (("--head", "head.safetensors", "--classes", "meanings.csv"), "there are 2 names"),
         (("--head", "wrong.safetensors"), "sees 7 numbers of an image, but this model has 3072"),

@@ -110,6 +110,7 @@ def test_augmented(arguments, tmp_path):
         (["--lrs", "0.1", "-1"], "--lrs 0.1 -1 must be"),
         (["--layers=9"], "--layers 9 must not exceed the model's 3 blocks"),
         (["--test=v2"], "--test 'v2' must be NAME=PATH"),
+        (["--test=v2=nowhere"], "nothing found at"),
         (["--iterations=0"], "'0' must be a whole number, at least 1"),
         (["--split=train2"], "holds no split train2; expected: a folder with train/"),
     ],
@@ -118,6 +119,7 @@ def test_wrong_input_is_one_line(arguments, tmp_path, capsys, flags, message):
     assert main(["linear", *arguments, *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "out" / "linear_state.safetensors").exists()  # before any training
     assert not (tmp_path / "out" / "result.json").exists()
 
 

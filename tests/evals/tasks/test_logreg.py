@@ -71,6 +71,19 @@ def test_the_metric_of_a_data_set(arguments, tmp_path):
     )
 
 
+def test_a_fit_that_stopped_before_its_end_is_said(arguments, tmp_path, monkeypatch, capsys):
+    fit_grid = logreg.fit_grid
+
+    def in_haste(*data, **settings):
+        return fit_grid(*data, **settings, max_iterations=2)
+
+    monkeypatch.setattr(logreg, "fit_grid", in_haste)
+    assert main(["logreg", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert f"C {GRID[-1]:.3g} has not converged: gradient " in said
+    assert f"C {GRID[0]:.3g} has not" not in said  # its optimum is next to where it starts
+
+
 def test_the_sweep_goes_on_where_it_was(arguments, tmp_path, monkeypatch):
     fit_grid, asked = logreg.fit_grid, []
 
@@ -89,7 +102,7 @@ def test_the_sweep_goes_on_where_it_was(arguments, tmp_path, monkeypatch):
     assert main(["logreg", *arguments, "--force"]) == 2
 
 
-def test_several_classes_an_image(cache, model_path, colors, tmp_path):
+def test_several_classes_an_image(cache, model_path, colors, tmp_path, capsys):
     data = tmp_path / "data"
     data.mkdir()
     for split in ("train", "val", "test"):
@@ -109,6 +122,10 @@ def test_several_classes_an_image(cache, model_path, colors, tmp_path):
     assert record["counts"] == {"train": 24, "test": 12, "classes": 4}
     assert (tmp_path / "out" / "per_class.png").stat().st_size > 1000
     assert main(["logreg", *out, "--metric=top1", "--force"]) == 2
+    (data / "test.json").write_text(json.dumps({f"test/red/{i}.png": ["?red"] for i in range(4)}))
+    capsys.readouterr()
+    assert main(["logreg", *out, "--force"]) == 2
+    assert "test.json must have an image with a class; a folder with" in capsys.readouterr().err
 
 
 def test_the_sweep_of_other_labels_is_made_again(cache, model_path, colors, tmp_path):

@@ -88,6 +88,8 @@ def test_errors(data, trained, tmp_path, capsys):
     assert "'-1' must be a whole number, at least 0" in error("--charts", "-1")
     assert "'-1' must be a whole number, at least 0" in error("--ignore", "-1")
     assert "holds no split nothing" in error("--split", "nothing", "--head", head)
+    assert "holds no split nothing" in error("--split", "nothing")
+    assert not (tmp_path / "training.safetensors").exists()  # before any training
     assert "must not exceed the short side of 42" in error("--cached", "--crop", "56")
     assert "No such file" in error("--head", str(tmp_path / "none"))
     (tmp_path / "three").write_text("a\nb\n")
