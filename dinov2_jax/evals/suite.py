@@ -41,8 +41,16 @@ def parse_suite(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--data", required=True, help="the folder that the entries' data lie in")
     add("--out", required=True, type=out_folder, help="folder of all results and of the table")
     add("--cache", type=out_folder, help="folder of features; default OUT/features")
-    add("--only", default="", metavar="REGEX", help="entries whose names match")
+    add("--only", type=_pattern, default="", metavar="REGEX", help="entries whose names match")
     return parser.parse_known_args(argv)
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a pattern: {error}") from None
+    return text
 
 
 def read_suite(path: str) -> dict[str, dict[str, Any]]:

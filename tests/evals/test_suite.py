@@ -227,6 +227,11 @@ def test_a_name_that_none_has(write):
         run_suite([*write(ENTRIES), "--only", "zebra"], find_task=stand_in)
 
 
+def test_a_pattern_that_is_none(write):
+    with pytest.raises(ValueError, match=r"--only: '\(' must be a pattern: missing \)"):
+        run_suite([*write(ENTRIES), "--only=("], find_task=stand_in)
+
+
 def test_exit_code_and_errors_by_entry(write, capsys):
     argv = write('{"a": {"task": "knn", "data": "nowhere"}}')
     assert main(["suite", *argv]) == 2

@@ -177,6 +177,20 @@ def _met(run: Run, data: MetSet, features, protocol: dict[str, Any]) -> Result:
         *found[1], num_classes=num_classes, num_neighbors=k, temperature=temperature
     )
     scores = met_scores(predicted, confidences, data.test_labels)
+    orders = rows[:, :NUM_FOUND]  # of the test, which was searched last
+    is_right = data.database_labels[orders] == data.test_labels[:, None]
+    run.draw(
+        lambda: {
+            SHEET_FILE: retrieval_sheet(
+                queries=data.test,
+                database=data.database,
+                orders=orders,
+                positives=[order[right] for order, right in zip(orders, is_right, strict=True)],
+                junk=[()] * len(orders),
+                notes={i: f"confidence {x:.2f}" for i, x in enumerate(confidences)},
+            )
+        }
+    )
     return Result(
         metrics={name: 100 * value for name, value in scores.items()} | {"val_gap": 100 * val_gap},
         headline=["gap", "gap_minus", "acc"],

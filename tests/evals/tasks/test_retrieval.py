@@ -9,6 +9,7 @@ from PIL import Image
 from dinov2_jax.evals import search
 from dinov2_jax.evals.__main__ import main
 from dinov2_jax.evals.fitted import Fit, FittedSource, cut_box, open_exactly, pad_to_square
+from dinov2_jax.evals.tasks import retrieval
 
 
 def blobs(seed: int, height: int, width: int) -> np.ndarray:
@@ -102,7 +103,14 @@ def test_a_list_with_levels_and_boxes(pairs, tmp_path):
     assert code == 0 and record["headline"] == ["map_easy", "map_medium"]
 
 
-def test_met(tmp_path, pairs):
+def test_met(tmp_path, pairs, monkeypatch):
+    drawn, draw = {}, retrieval.retrieval_sheet
+
+    def watched(**given):
+        drawn.update(given, positives=[x.tolist() for x in given["positives"]])
+        return draw(**given)
+
+    monkeypatch.setattr(retrieval, "retrieval_sheet", watched)
     records = {"MET_database": [], "valset": [], "testset": []}
     for i in range(6):
         records["MET_database"].append({"path": f"new/{i}.png", "id": 100 + i})
@@ -116,6 +124,13 @@ def test_met(tmp_path, pairs):
     assert code == 0
     assert record["metrics"]["gap_minus"] == record["metrics"]["acc"] == 100
     assert record["counts"]["distractors"] == 1 and record["counts"]["classes"] == 6
+    assert [drawn[name] for name in ("queries", "positives", "junk")] == [
+        [str(tmp_path / f"images/old/{i}.png") for i in range(2, 6)],
+        [[2], [3], [4], []],  # the last is a distractor: its photo is there, its object is not
+        [()] * 4,
+    ]
+    assert drawn["notes"].keys() == {0, 1, 2, 3} and drawn["notes"][0].startswith("confidence 0.")
+    assert (tmp_path / "out" / "retrieval.png").stat().st_size > 1000
 
 
 def test_errors_are_one_line(pairs, tmp_path, capsys):
