@@ -104,20 +104,26 @@ def labels_like(
     return np.array([number[name] for name in label_names], np.int32)[labels]
 
 
-def add_crop_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of tasks on whole images: which split is tested, and the size of its images."""
-    parser.add_argument(
-        "--split",
-        metavar="NAME",
-        help="tested; default: val or validation, or test where there is neither",
-    )
-    add_size_flags(parser)
+def add_crop_flags(
+    parser: argparse.ArgumentParser,
+    *,
+    split: str = "val or validation, or test where there is neither",
+    resize: str = "the model's (256)",
+) -> None:
+    """Flags of tasks on whole images: which split is tested, and the size of its images.
+
+    Args:
+      parser: they are added to.
+      split, resize: the task's defaults in words.
+    """
+    parser.add_argument("--split", metavar="NAME", help=f"tested; default: {split}")
+    add_size_flags(parser, resize=resize)
 
 
-def add_size_flags(parser: argparse.ArgumentParser) -> None:
+def add_size_flags(parser: argparse.ArgumentParser, *, resize: str = "the model's (256)") -> None:
     """The size of whole images; `crop_sizes` reads it."""
     add = parser.add_argument
-    add("--resize", type=positive, metavar="PX", help="short side; default: the model's (256)")
+    add("--resize", type=positive, metavar="PX", help=f"short side; default: {resize}")
     add("--crop", type=positive, metavar="PX", help="centred crop; default: the model's (224)")
 
 

@@ -64,26 +64,47 @@ def evaluate_depths(
       others: see `evaluate_masks`.
 
     Raises:
-      DataError: no image has depth that is judged.
+      DataError: see `require_depth`.
     """
-    sums, examples, low, high = np.zeros(len(DEPTH_METRICS) + 1), [], *depth_range
+    require_depth(dataset, is_judged=is_judged, depth_range=depth_range)
+    sums, examples = np.zeros(len(DEPTH_METRICS) + 1), []
     for name, image, depth, is_example in _tested(dataset, num_examples, num_threads, is_shown):
         predicted = predict(image, depth.shape)
         if clip is not None:
             depth, predicted = np.minimum(depth, clip), np.minimum(predicted, clip)
-        where = (depth > low) & (depth < high) & is_judged(depth.shape)
+        where = _judged_pixels(depth, is_judged, depth_range)
         if where.any():
             errors = depth_errors(predicted[where], depth[where])
             sums += [*(errors[metric] for metric in DEPTH_METRICS), 1]
         if is_example:
             examples.append(Example(name, image, depth, predicted))
     *totals, count = _gathered(sums).sum(axis=0).tolist()
-    if not count:
+    return dict(zip(DEPTH_METRICS, (x / count for x in totals), strict=True)), int(count), examples
+
+
+def require_depth(
+    dataset: Any,
+    *,
+    is_judged: Callable[[tuple[int, int]], np.ndarray],
+    depth_range: tuple[float, float],
+) -> None:
+    """Reads images until one has depth that is judged: the first, where all is well.
+
+    Raises:
+      DataError: none has.
+    """
+    maps = (dataset.read(i)[1] for i in range(len(dataset)))
+    if not any(_judged_pixels(depth, is_judged, depth_range).any() for depth in maps):
+        low, high = depth_range
         raise DataError(
             f"none of {len(dataset)} images has depth between {low:g} and {high:g} m where it is "
             "judged; look at --scale, the units of the files in a metre, and at --range"
         )
-    return dict(zip(DEPTH_METRICS, (x / count for x in totals), strict=True)), int(count), examples
+
+
+def _judged_pixels(depth: np.ndarray, is_judged: Callable, depth_range) -> np.ndarray:
+    low, high = depth_range
+    return (depth > low) & (depth < high) & is_judged(depth.shape)
 
 
 def _tested(dataset, num_examples: int, num_threads: int, is_shown: bool) -> Iterator[tuple]:

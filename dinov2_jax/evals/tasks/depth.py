@@ -22,7 +22,7 @@ from dinov2_jax.evals.dense.depth_sets import (
     judged,
     open_depth_set,
 )
-from dinov2_jax.evals.dense.evaluate import evaluate_depths
+from dinov2_jax.evals.dense.evaluate import evaluate_depths, require_depth
 from dinov2_jax.evals.dense.fit import Views, fit_head
 from dinov2_jax.evals.dense.flags import add_head_flags, num_threads, warmup_steps
 from dinov2_jax.evals.dense.heads import DEPTH, depth_head, load_head
@@ -110,11 +110,13 @@ def run(run: Run) -> Result:
     layout = find_layout(run.data) if flags.layout == "auto" else flags.layout
     facts = LAYOUTS[layout]
     _check_flags(flags)
-    test = _open(run, layout, "test")  # what is wrong with it is known before the training
-    predictor = _trained(run, layout) if flags.head is None else _loaded(run, layout)
-    name, mask = predictor.protocol["protocol"], flags.mask or facts.mask
-    is_own = layout == "plain" and flags.range is not None
+    is_own, mask = layout == "plain" and flags.range is not None, flags.mask or facts.mask
     judged_range = tuple(flags.range) if is_own else facts.depth_range
+    judging = dict(is_judged=functools.partial(judged, mask=mask), depth_range=judged_range)
+    test = _open(run, layout, "test")
+    require_depth(test, **judging)  # a wrong unit is known before the training
+    predictor = _trained(run, layout) if flags.head is None else _loaded(run, layout)
+    name = predictor.protocol["protocol"]
 
     def predict(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         if flags.short_side:
@@ -128,8 +130,7 @@ def run(run: Run) -> Result:
     errors, num_tested, examples = evaluate_depths(
         test,
         predict,
-        is_judged=functools.partial(judged, mask=mask),
-        depth_range=judged_range,
+        **judging,
         clip=facts.clip,
         num_examples=flags.charts,
         num_threads=num_threads(flags),

@@ -60,7 +60,7 @@ class Split(NamedTuple):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The task's own flags."""
-    add_crop_flags(parser)
+    add_crop_flags(parser, split="test, or val where there is no test", resize="--crop")
     parser.add_argument(
         "--metric",
         choices=METRICS,

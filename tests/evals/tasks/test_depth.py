@@ -120,6 +120,8 @@ def test_errors(data, trained, tmp_path, capsys):
     head = str(trained[0] / "head.safetensors")
     assert "is a head for linear1, and not for dpt" in error("--head", head, "--protocol", "dpt")
     assert "none of 4 images has depth between" in error("--head", head, "--scale", "0.1")
+    assert "none of 4 images has depth between" in error("--scale", "0.1")
+    assert not (tmp_path / "out" / "training.safetensors").exists()  # before any training
     assert "must fit into images of 42 x 56" in error("--crop", "99", "99")
     assert "--range 4 1 must be the smaller depth and" in error("--range", "4", "1")
     assert "'0' must be above 0" in error("--range", "0", "4")

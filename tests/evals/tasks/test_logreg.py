@@ -152,6 +152,14 @@ def test_the_sweep_of_other_labels_is_made_again(cache, model_path, colors, tmp_
     assert max(right.values()) > max(mixed.values())
 
 
+def test_help_has_its_own_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["logreg", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "tested; default: test, or val where there is no test" in text
+    assert "short side; default: --crop --crop PX centred crop" in text
+
+
 def test_wrong_input_is_one_line(arguments, capsys):
     assert main(["logreg", *arguments, "--dataset=voc07"]) == 2
     error = capsys.readouterr().err
