@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov2_jax.arguments import positive
+from dinov2_jax.arguments import positive, positive_number
 from dinov2_jax.evals.classes import report_classes
 from dinov2_jax.evals.knn import few_shot_rows, knn_ranking
 from dinov2_jax.evals.results import Result
@@ -38,7 +38,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="numbers of voters; the best is reported beside each (default 10 20 100 200)",
     )
-    parser.add_argument("--temperature", type=float, default=0.07, help="of the vote")
+    parser.add_argument(
+        "--temperature",
+        type=positive_number,
+        default=0.07,
+        metavar="X",
+        help="of the vote (default 0.07)",
+    )
     parser.add_argument(
         "--shots",
         type=positive,

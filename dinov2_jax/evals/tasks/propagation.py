@@ -18,7 +18,7 @@ from etils import epath
 from PIL import Image
 
 from dinov2_jax import distributed
-from dinov2_jax.arguments import positive
+from dinov2_jax.arguments import count, positive, positive_number
 from dinov2_jax.evals.davis import LAYOUT, VOID, Clip, open_davis, read_masks
 from dinov2_jax.evals.mask_scores import boundary_accuracy, region_similarity, statistics
 from dinov2_jax.evals.propagation import labels_from_mask, mask_from_labels, propagate
@@ -38,20 +38,39 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--clips", nargs="+", metavar="NAME", help="names, or a .txt of them from --data on")
     add("--short-side", type=positive, default=480, metavar="PX", help="of frames (default 480)")
-    add("--context", type=positive, default=7, metavar="N", help="frames beside the first")
-    add("--neighbors", type=positive, default=5, metavar="K", help="patches that labels come from")
-    add("--radius", type=int, default=12, help="of their square, in patches; 0: anywhere")
-    add("--temperature", type=float, default=0.1, help="of their weights")
+    add(
+        "--context",
+        type=positive,
+        default=7,
+        metavar="N",
+        help="frames before, beside the first, that labels come from (default 7)",
+    )
+    add(
+        "--neighbors",
+        type=positive,
+        default=5,
+        metavar="K",
+        help="patches that labels come from (default 5)",
+    )
+    add(
+        "--radius",
+        type=count,
+        default=12,
+        metavar="N",
+        help="of their square, in patches (default 12); 0: anywhere",
+    )
+    add(
+        "--temperature",
+        type=positive_number,
+        default=0.1,
+        metavar="X",
+        help="of their weights (default 0.1)",
+    )
 
 
 def run(run: Run) -> Result:
     """Clip after clip; those that are done already are read."""
     flags = run.flags
-    if flags.radius < 0 or flags.temperature <= 0:
-        raise ValueError(
-            f"--radius {flags.radius} must be at least 0 and --temperature {flags.temperature} "
-            "positive"
-        )
     clips = open_davis(run.data, names=flags.clips)
     settings = dict(
         num_context=flags.context,

@@ -64,4 +64,4 @@ def test_a_square_is_followed_and_clips_are_done_once(videos, tmp_path, capsys, 
     assert len(propagated) == 5  # masks of other settings are not taken
 
     assert run(videos, tmp_path / "x", "--radius", -1) == 2
-    assert "--radius -1 must be at least 0" in capsys.readouterr().err
+    assert "--radius: '-1' must be a whole number, at least 0" in capsys.readouterr().err
