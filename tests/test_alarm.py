@@ -1,0 +1,147 @@
+"""One process that fails ends all, each with its line and the same code, and keeps nobody up."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import types
+
+import jax
+import pytest
+
+from dinov2_jax import alarm
+from dinov2_jax.config import REPOSITORY
+
+TWO_PROCESSES = """
+import sys
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from dinov2_jax import commands, distributed
+
+def run():
+    distributed.initialize("on")
+    if jax.process_index() == int(sys.argv[1]):
+        raise {"wrong": ValueError, "mistake": ZeroDivisionError}[sys.argv[2]]("only here")
+    multihost_utils.process_allgather(np.int32(1))
+    return 0
+
+sys.exit(commands.run_command(run))
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "error", "code", "why"),
+    [
+        ("0", "mistake", 1, "ZeroDivisionError: only here"),  # the coordinator is there
+        ("1", "wrong", 2, "only here"),
+    ],
+)
+def test_one_that_fails_alone_ends_the_other_that_waits_in_its_devices(failing, error, code, why):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, failing, error],
+            env=environment | {"JAX_PROCESS_ID": index},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in "01"
+    ]
+    try:
+        said = [process.communicate(timeout=100)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [code, code], said
+    own, other = (said[int(failing)], said[1 - int(failing)])
+    assert f"error: process {failing}: {why}\n" in own
+    assert own.count("Traceback") == (error == "mistake")
+    assert f"error: process {1 - int(failing)}: process {failing} failed: {why}\n" in other
+    assert "Traceback" not in other
+
+
+class Ended(BaseException):
+    """In place of the end of the process."""
+
+
+class Coordinator(dict):
+    """Its keys, each of which is set once, as a process sees them."""
+
+    num_processes, process_id = 2, 0
+
+    @property
+    def client(self):
+        return self
+
+    def key_value_set(self, key, value):
+        if key in self:
+            raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
+        self[key] = value
+
+    def key_value_try_get(self, key):
+        if key not in self:
+            raise jax.errors.JaxRuntimeError("NOT_FOUND")
+        return self[key]
+
+
+@pytest.fixture
+def coordinator(monkeypatch):
+    def leave(code):
+        raise Ended(code)
+
+    coordinator = Coordinator()
+    monkeypatch.setattr(alarm, "global_state", coordinator)
+    monkeypatch.setattr(alarm, "_ending", threading.RLock())
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("jax.distributed.shutdown", lambda: None)
+    monkeypatch.setattr("os._exit", leave)
+    return coordinator
+
+
+def stop(*answers):
+    """An event that answers, to each wait, whether it is set."""
+    answers = iter(answers)
+    return types.SimpleNamespace(wait=lambda secs: next(answers))
+
+
+def test_whoever_fails_too_keeps_its_own_code_and_line(coordinator, capsys):
+    coordinator.process_id = 1
+    with pytest.raises(Ended, match="2"):
+        alarm.ring("no\nsuch data", 2)
+    coordinator.process_id = 0
+    with pytest.raises(Ended, match="1"):
+        alarm.ring("full", 1)
+    # The main thread is ending this process: the watch must not.
+    watch = threading.Thread(target=alarm._watch, args=(stop(False, False),))
+    watch.start()
+    watch.join()
+    assert capsys.readouterr().err == "error: process 1: no such data\nerror: process 0: full\n"
+    assert list(coordinator.values()) == ["2 process 1 failed: no such data"]
+
+
+def test_the_watch_ends_with_the_run(coordinator):
+    alarm._watch(stop(False, False, True))
+
+
+def test_who_leaves_meets_the_others_and_ends_even_if_they_are_gone(coordinator, monkeypatch):
+    def gone():
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE")
+
+    monkeypatch.setattr("jax.distributed.shutdown", gone)
+    with pytest.raises(Ended, match="1"):
+        alarm.ring("full", 1)
+
+
+def test_a_single_process_goes_on(coordinator, capsys):
+    coordinator.num_processes = 1
+    alarm.ring(OSError("full"), 1, has_traceback=True)
+    assert not coordinator and capsys.readouterr().err == ""
