@@ -107,29 +107,35 @@ def coordinator(monkeypatch):
     return coordinator
 
 
-def stop(*answers):
-    """An event that answers, to each wait, whether it is set."""
-    answers = iter(answers)
-    return types.SimpleNamespace(wait=lambda secs: next(answers))
+def test_a_process_that_fails_of_the_same_keeps_its_own_line_and_code(coordinator, capsys):
+    coordinator["dinov2_jax/failure"] = said = "2 process 1 failed: no such data"
+
+    def fail():
+        with pytest.raises(Ended, match="1"):
+            alarm.ring("the\ndisk is full", 1)
+
+    waits = []
+
+    def wait(secs):
+        waits.append(secs)
+        if len(waits) == 2:  # heard of the other; the main thread, here another, fails too
+            main = threading.Thread(target=fail)
+            main.start()
+            main.join()
+        return False
+
+    alarm._watch(types.SimpleNamespace(wait=wait))
+    assert capsys.readouterr().err == "error: process 0: the disk is full\n"
+    assert list(coordinator.values()) == [said] and len(waits) == 2
 
 
-def test_whoever_fails_too_keeps_its_own_code_and_line(coordinator, capsys):
-    coordinator.process_id = 1
-    with pytest.raises(Ended, match="2"):
-        alarm.ring("no\nsuch data", 2)
-    coordinator.process_id = 0
-    with pytest.raises(Ended, match="1"):
-        alarm.ring("full", 1)
-    # The main thread is ending this process: the watch must not.
-    watch = threading.Thread(target=alarm._watch, args=(stop(False, False),))
-    watch.start()
-    watch.join()
-    assert capsys.readouterr().err == "error: process 1: no such data\nerror: process 0: full\n"
-    assert list(coordinator.values()) == ["2 process 1 failed: no such data"]
-
-
-def test_the_watch_ends_with_the_run(coordinator):
-    alarm._watch(stop(False, False, True))
+def test_the_watch_ends_with_the_process_and_acts_no_more(coordinator, monkeypatch):
+    ends, before = [], threading.enumerate()
+    monkeypatch.setattr("atexit.register", ends.append)
+    alarm.watch()
+    (watch,) = set(threading.enumerate()) - set(before)
+    ends[0]()
+    assert not watch.is_alive()
 
 
 def test_who_leaves_meets_the_others_and_ends_even_if_they_are_gone(coordinator, monkeypatch):
