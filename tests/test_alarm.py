@@ -108,7 +108,7 @@ def coordinator(monkeypatch):
 
 
 def test_a_process_that_fails_of_the_same_keeps_its_own_line_and_code(coordinator, capsys):
-    coordinator["dinov2_jax/failure"] = said = "2 process 1 failed: no such data"
+    said = "2 process 1 failed: no such data"
 
     def fail():
         with pytest.raises(Ended, match="1"):
@@ -118,7 +118,9 @@ def test_a_process_that_fails_of_the_same_keeps_its_own_line_and_code(coordinato
 
     def wait(secs):
         waits.append(secs)
-        if len(waits) == 2:  # heard of the other; the main thread, here another, fails too
+        if len(waits) == 2:  # nobody had failed in the first second
+            coordinator["dinov2_jax/failure"] = said
+        if len(waits) == 3:  # heard of the other; the main thread, here another, fails too
             main = threading.Thread(target=fail)
             main.start()
             main.join()
@@ -126,7 +128,7 @@ def test_a_process_that_fails_of_the_same_keeps_its_own_line_and_code(coordinato
 
     alarm._watch(types.SimpleNamespace(wait=wait))
     assert capsys.readouterr().err == "error: process 0: the disk is full\n"
-    assert list(coordinator.values()) == [said] and len(waits) == 2
+    assert list(coordinator.values()) == [said] and len(waits) == 3
 
 
 def test_the_watch_ends_with_the_process_and_acts_no_more(coordinator, monkeypatch):
