@@ -1,10 +1,9 @@
-"""Several processes as one run: how they find each other, what they tell each other, who writes.
+"""Several processes as one run: how they find each other, wait for each other, and who writes.
 
-Every process runs the same program on its own devices; arrays are global. What only one host can
-know (a bad image, a signal) goes round once a step, so that all decide alike at the same step.
+Every process runs the same program on its own devices; arrays are global. What they tell each other
+while they train: `exchange`, and where one fails alone: `alarm`.
 """
 
-import dataclasses
 import hashlib
 import importlib.util
 import itertools
@@ -16,9 +15,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dinov2_jax.signals import StopSignals
+from dinov2_jax import alarm
 
 MODES = ("auto", "on", "off")
 # What a launcher sets where nothing can be detected.
@@ -31,7 +29,6 @@ Result = TypeVar("Result")
 _MEETINGS = itertools.count()  # every meeting needs a name of its own
 _MEETING_SECS = 3600
 _FAILING_SECS = 60  # between the processes that fail in the same
-_LEAVING_SECS = 300  # between those that end; it is jax's own
 
 
 class HostError(RuntimeError):
@@ -106,17 +103,16 @@ def has_cloud_tpu() -> bool:
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def initialize(mode: str = "auto", *, leaving_secs: int = _LEAVING_SECS) -> None:
+def initialize(mode: str = "auto") -> None:
     """Joins the other processes of this run, if there are any. Before any other use of jax.
 
-    Once joined, they stay so: a later call finds that and returns.
+    Once joined, they stay so: a later call finds that and returns. One that fails alone ends all
+    by `alarm.ring`.
 
     Args:
       mode: "auto" joins where the environment says that there are others (Cloud TPU, SLURM,
         OpenMPI, an indexed Kubernetes Job, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
         JAX_PROCESS_ID); "on" must find them; "off" never looks.
-      leaving_secs: a process that ends waits so long for the others to end too, and then ends them:
-        one that has failed must not leave them waiting.
 
     Raises:
       HostError: nothing says where they are, or an unknown mode; `LostHostError`: out of reach.
@@ -134,7 +130,7 @@ def initialize(mode: str = "auto", *, leaving_secs: int = _LEAVING_SECS) -> None
             f"SLURM, OpenMPI, Kubernetes or on Cloud TPU, or set {ADDRESS}, {COUNT} and {INDEX}"
         )
     try:
-        jax.distributed.initialize(**arguments, shutdown_timeout_seconds=leaving_secs)
+        jax.distributed.initialize(**arguments)
     # Whatever the cluster's services raise: RuntimeError, ValueError, OSError, grpc's own.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -142,6 +138,7 @@ def initialize(mode: str = "auto", *, leaving_secs: int = _LEAVING_SECS) -> None
             f"the processes of this run did not find each other ({reason}); check that all were "
             "started, or use --distributed=off for a single one"
         ) from error
+    alarm.watch()
 
 
 def is_primary() -> bool:
@@ -174,9 +171,7 @@ def check_all_failed(what: str, error: Exception) -> None:
         _wait_for_all(f"dinov2_jax fails {what}", _FAILING_SECS)
     # Whatever the coordinator's client raises.
     except Exception as timeout:
-        raise HostError(
-            f"{what} failed on process {jax.process_index()} and not on all: {error}"
-        ) from timeout
+        raise HostError(f"{what} failed, but not on all processes: {error}") from timeout
 
 
 def _wait_for_all(name: str, secs: int) -> None:
@@ -245,56 +240,3 @@ def fetch(tree: Any) -> Any:
         return multihost_utils.process_allgather(leaf, tiled=True)
 
     return jax.tree.map(fetch_leaf, tree)
-
-
-# What was said in one step: of several processes still on its way.
-Word = np.ndarray | jax.Array
-
-
-@dataclasses.dataclass
-class Exchange:
-    """Tells all processes, once a step, what each of them knows.
-
-    Attributes:
-      mesh: of the run; all processes have devices in it.
-      signals: of this process.
-    """
-
-    mesh: Mesh
-    signals: StopSignals
-
-    def __post_init__(self):
-        self._count, self._agreed = jax.process_count(), 0
-        self._of_device = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
-        self._gather = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
-
-    @property
-    def stop(self) -> int:
-        """The number of the signal that all processes act on from now on; 0: none."""
-        return self._agreed if self._count > 1 else self.signals.received or 0
-
-    def say(self, bad_record: np.ndarray) -> Word:
-        """Sends this process's word on a step; returns at once.
-
-        Args:
-          bad_record: int64 `[rows]` of this process's images, see `Batch`; as many on each.
-        """
-        if self._count == 1:
-            return bad_record
-        # Two int32 a number: the devices have no int64. Each device of a process says the same.
-        own = np.append(bad_record.astype(np.int64), self.signals.received or 0).view(np.int32)
-        shape = (self.mesh.size, len(own))
-        said = jax.make_array_from_callback(shape, self._of_device, lambda _: own[None])
-        return self._gather(said)
-
-    def hear(self, word: Word) -> np.ndarray:
-        """Waits for what all have said of a step: their bad records, int64 `[any]`.
-
-        Every process hears the words in the same order, and knows of a signal to any of them from
-        the same word on.
-        """
-        if self._count == 1:
-            return word
-        said = np.ascontiguousarray(word).view(np.int64)  # [devices, rows + 1]
-        self._agreed = max(self._agreed, int(said[:, -1].max()))
-        return said[:, :-1].ravel()

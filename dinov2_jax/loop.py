@@ -17,7 +17,8 @@ from etils import epath
 
 from dinov2_jax import guards
 from dinov2_jax.checkpoints import Checkpoints
-from dinov2_jax.distributed import Exchange, Word, is_primary
+from dinov2_jax.distributed import is_primary
+from dinov2_jax.exchange import Exchange, Word
 from dinov2_jax.feed import Feed
 from dinov2_jax.goodput import Goodput
 from dinov2_jax.metrics import MetricsWriter

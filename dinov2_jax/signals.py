@@ -18,7 +18,7 @@ SAME_SIGNAL_SECS = 1.0
 class StopSignals:
     """A context manager; `received` is the number of the signal that came, or None.
 
-    Another process of the run may receive one too: `distributed.Exchange` tells all.
+    Another process of the run may receive one too: `exchange` tells all.
     """
 
     def __init__(self):

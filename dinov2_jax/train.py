@@ -18,13 +18,15 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from dinov2_jax import compiler, distributed, inputs, preview, report, startup, workload
+from dinov2_jax import alarm, compiler, distributed, inputs, preview, report, startup, workload
 from dinov2_jax import config as config_lib
 from dinov2_jax import metrics as metrics_lib
 from dinov2_jax.checkpoints import Checkpoints, KeepPolicy
+from dinov2_jax.commands import WRONG_INPUT, fail
 from dinov2_jax.config_rules import ConfigError
 from dinov2_jax.convert.spec import METADATA_KEY, SPEC_FILE, ModelSpec
 from dinov2_jax.data.records import DataError
+from dinov2_jax.exchange import Exchange
 from dinov2_jax.feed import Feed
 from dinov2_jax.flags import parse_flags
 from dinov2_jax.goodput import Goodput
@@ -47,7 +49,7 @@ from dinov2_jax.workdir import (
     workdir_path,
 )
 
-STOPPED, WRONG_INPUT = 1, 2
+STOPPED = 1
 CROPS_FILE, PATCHES_FILE = "crops.png", "pca.png"
 LEFTOVERS = (CROPS_FILE, PATCHES_FILE, BAD_IMAGES_FILE, NONFINITE_FOLDER)
 
@@ -69,23 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 distributed.on_primary(lambda: stack.enter_context(open_workdir(workdir)))
                 return train(config, flags, workdir, signals)
     except (StopRun, distributed.LostHostError) as error:
-        return _fail(error, STOPPED)
+        return fail(error, STOPPED)
     except (ConfigError, DataError, WorkdirError, distributed.HostError) as error:
-        return _fail(error, WRONG_INPUT)
+        return fail(error, WRONG_INPUT)
     except Exception as error:
         if not is_disk_full(error):
+            alarm.ring(error, STOPPED, has_traceback=True)
             raise
-        return _fail(
+        return fail(
             f"no space left for --workdir={workdir}; free some and run the same command again: "
             "what was saved is whole, and the run goes on from its last checkpoint",
             STOPPED,
         )
-
-
-def _fail(error: Exception | str, code: int) -> int:
-    process = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
-    print(f"error: {process}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    return code
 
 
 def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopSignals) -> int:
@@ -200,7 +197,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
                 workdir,
                 {"config": json.dumps(config.to_dict()), METADATA_KEY: spec.to_json()},
             ),
-            exchange=distributed.Exchange(mesh, signals),
+            exchange=Exchange(mesh, signals),
         )
         del state, restored  # the loop donates the state
         for line in writer.lines():

@@ -1,13 +1,10 @@
 """Which environments are taken for one process of several, and what a single process does."""
 
-import types
-
 import numpy as np
 import pytest
 
 from dinov2_jax import distributed
-from dinov2_jax.distributed import Exchange, HostError, LostHostError, detect
-from dinov2_jax.sharding import make_mesh
+from dinov2_jax.distributed import HostError, LostHostError, detect
 
 SLURM = dict(
     SLURM_JOB_ID="7",
@@ -128,31 +125,6 @@ def test_others_that_do_not_come_are_one_line(monkeypatch):
         LostHostError, match=r"did not find each other \(Barrier timed out\. Waited"
     ):
         distributed.initialize("auto")
-
-
-def test_several_processes_hear_of_every_bad_record_and_signal(monkeypatch):
-    """On one process that believes to be one of two: its own word comes back from each device."""
-    monkeypatch.setattr("jax.process_count", lambda: 2)
-    signals = types.SimpleNamespace(received=None)
-    exchange = Exchange(make_mesh(), signals)
-    big = 2**40 + 3
-    heard = exchange.hear(exchange.say(np.array([-1, big])))
-    assert set(heard.tolist()) == {-1, big}
-    assert exchange.stop == 0
-    signals.received = 15
-    word = exchange.say(np.array([-1, -1]))
-    assert exchange.stop == 0  # others know only when they have heard it
-    exchange.hear(word)
-    assert exchange.stop == 15
-
-
-def test_a_single_process_needs_no_devices():
-    signals = types.SimpleNamespace(received=None)
-    exchange = Exchange(make_mesh(), signals)
-    records = np.array([-1, 5])
-    assert exchange.hear(exchange.say(records)) is records
-    signals.received = 2
-    assert exchange.stop == 2
 
 
 def test_a_failure_anywhere_stops_every_process(monkeypatch):

@@ -27,7 +27,7 @@ LEVELS = (
         "config_rules",
         "preprocess",
     ),
-    ("sharding", "config", "hub", "distributed", "signals", "storage"),
+    ("sharding", "config", "hub", "alarm", "distributed", "exchange", "signals", "storage"),
     ("model", "compiler"),
     ("export",),
     ("train_state",),

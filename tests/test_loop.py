@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from dinov2_jax.distributed import Exchange
+from dinov2_jax.exchange import Exchange
 from dinov2_jax.goodput import Goodput
 from dinov2_jax.guards import StopRun
 from dinov2_jax.loop import Limits, Loop, new_books

@@ -152,3 +152,25 @@ def test_processes_that_differ_are_refused(cache, tmp_path):
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 2, output
     assert "processes [1] have another configuration than process 0" in output
+
+
+def test_a_process_that_fails_alone_in_mid_run_ends_the_other_in_one_line(two, cache, tmp_path):
+    """The script ends nobody before one has ended: a process that nobody tells waits for ever."""
+    patch = tmp_path / "sitecustomize.py"
+    patch.write_text(
+        "import os\n"
+        "if os.environ.get('JAX_PROCESS_ID') == '1':\n"
+        "    from dinov2_jax.loop import Loop\n"
+        "    one_step = Loop._one_step\n"
+        "    def fail(self):\n"
+        "        if self.step == 4: raise ZeroDivisionError('only here')\n"
+        "        one_step(self)\n"
+        "    Loop._one_step = fail\n"
+    )
+    process = launch(tmp_path / "run", cache, path=tmp_path, eval__kind="none")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1, output
+    assert output.count("Traceback") == output.count("\nZeroDivisionError: only here") == 1
+    assert "error: process 0: process 1 failed: ZeroDivisionError: only here" in output
+    # What was on its way is whole.
+    assert (tmp_path / "run" / "checkpoints" / "4" / "_CHECKPOINT_METADATA").exists()

@@ -18,8 +18,6 @@ from dinov2_jax.evals.results import entry_name, read_record, rows, to_markdown,
 from dinov2_jax.evals.task import Run, Task
 from dinov2_jax.model import Model
 
-# All processes end nearly together, but for one that fails.
-LEAVING_SECS = 60
 # Of speed alone, or of where things lie: not part of what was asked for.
 _FREE_FLAGS = (
     *("task", "out", "cache", "batch_size", "threads", "force", "distributed", "save_every"),
@@ -95,7 +93,7 @@ def run_task(flags: argparse.Namespace, *, model: Model | None = None) -> dict[s
             f"--data {flags.data} must be on a disk for {flags.task.name}: copy it there; "
             "knn, linear and logreg read image folders, tar shards and lists at URLs"
         )
-    distributed.initialize(flags.distributed, leaving_secs=LEAVING_SECS)
+    distributed.initialize(flags.distributed)
     say = print if distributed.is_primary() else lambda *_, **__: None
     model = model or load_model(flags)
     request = _request(flags, model)

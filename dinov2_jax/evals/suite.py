@@ -15,7 +15,7 @@ from typing import Any
 from dinov2_jax import distributed
 from dinov2_jax.arguments import Parser
 from dinov2_jax.config import ConfigError, run_file
-from dinov2_jax.evals.command import LEAVING_SECS, load_model, make_parser, out_folder, run_task
+from dinov2_jax.evals.command import load_model, make_parser, out_folder, run_task
 from dinov2_jax.evals.results import read_record, write_tables
 from dinov2_jax.evals.task import Task
 from dinov2_jax.model import Model
@@ -139,7 +139,7 @@ def run_suite(argv: Sequence[str], *, find_task: Callable[[str], Task]) -> list[
     if not parsed:
         raise ConfigError(f"--only {flags.only} must match a name of {flags.config}; none does")
     # Before the model is loaded: processes cannot join each other once they use their devices.
-    distributed.initialize(next(iter(parsed.values())).distributed, leaving_secs=LEAVING_SECS)
+    distributed.initialize(next(iter(parsed.values())).distributed)
     say = print if distributed.is_primary() else lambda *_, **__: None
     models: dict[tuple, Model] = {}
     failures = {}

@@ -174,10 +174,10 @@ TWO_PROCESSES = """
 import sys
 import jax
 from dinov2_jax import distributed
-from dinov2_jax.evals import __main__ as program, command, suite
+from dinov2_jax.evals import __main__ as program
 from tests.evals import test_suite
 
-distributed._FAILING_SECS = command.LEAVING_SECS = suite.LEAVING_SECS = 5
+distributed._FAILING_SECS = 5
 
 def run(run):
     if run.data.endswith("both") or run.data.endswith("alone") and jax.process_index():
@@ -211,14 +211,16 @@ def test_what_fails_on_one_process_alone_ends_all(write, tmp_path):
         for i in range(2)
     ]
     try:
-        (first, _), (_, second) = (process.communicate(timeout=200) for process in processes)
+        (first, end), (_, second) = (process.communicate(timeout=200) for process in processes)
     finally:
         for process in processes:
             process.kill()
-    assert all(process.returncode for process in processes)
+    assert [process.returncode for process in processes] == [2, 2]
     assert "left out: both: no such data" in first and "| fine | fine | knn | top1" in first
     assert "[3/4] alone" in first and "never" not in first
-    assert "error: alone failed on process 1 and not on all: no such data\n" in second
+    why = "alone failed, but not on all processes: no such data"
+    assert f"error: process 1: {why}\n" in second
+    assert f"error: process 0: process 1 failed: {why}\n" in end
     assert (tmp_path / "out" / "fine" / "result.json").exists()
 
 
