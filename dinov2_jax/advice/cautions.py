@@ -16,6 +16,7 @@ from dinov2_jax.advice.proposals import (
     fitting_prototypes,
     fitting_warmup_steps,
     is_near,
+    is_too_low,
 )
 from dinov2_jax.advice.settings import RunSettings
 
@@ -89,7 +90,13 @@ def _of_lengths(run: RunSettings) -> Iterator[str]:
             f"{run.total_steps}: the last teacher would be {left:.0%} its initialisation; lower it "
             f"to about {scale.fitting_momentum(run.total_steps):g}, or train longer"
         )
-    fitting = scale.TEACHER_TEMP.at(run.total_steps)
+    fitting = scale.TEACHER_TEMP[run.centering].at(run.total_steps)
+    if is_too_low(run, run.teacher_temp, fitting):
+        yield (
+            f"centering.teacher_temp={run.teacher_temp:g} is too low for centering.kind="
+            f"softmax_center and total_steps={run.total_steps}: a few prototypes take all images; "
+            f"raise it to about {fitting:.2g}, or set centering.kind=sinkhorn_knopp"
+        )
     if run.teacher_temp > TEMP_TOO_HIGH * fitting:
         yield (
             f"centering.teacher_temp={run.teacher_temp:g} is too high for total_steps="

@@ -21,6 +21,7 @@ NEAR_LEARNING_RATE_END = 3
 NO_LEARNING_RATE = 0.01  # of the peak: at the end of a run as good as 0
 NEAR_WARMUP = 2
 NEAR_TEACHER_TEMP = 2
+LOWEST_CENTERED_TEMP = 0.7  # of what fits, with softmax centering
 NEAR_LAYER_SCALE = 10
 NEAR_GROUP_SIZE = 3
 
@@ -181,15 +182,22 @@ def _teacher_temps(run: RunSettings) -> Iterator[Suggestion]:
         ("centering.teacher_temp_start", run.teacher_temp_start, scale.TEACHER_TEMP_START),
         ("centering.teacher_temp", run.teacher_temp, scale.TEACHER_TEMP),
     ):
+        line = line[run.centering]
         fitting = _round_digits(line.at(run.total_steps), 2)
+        near = is_near(current, fitting, NEAR_TEACHER_TEMP)
         (short, low), (long, high) = line.small, line.large
         yield Suggestion(
             key,
-            current if is_near(current, fitting, NEAR_TEACHER_TEMP) else fitting,
+            current if near and not is_too_low(run, current, fitting) else fitting,
             current,
             f"targets must be sharp to teach in few steps: {low:g} fits up to {short:,}, "
             f"{high:g} from {long:,} on; these are {run.total_steps:,}",
         )
+
+
+def is_too_low(run: RunSettings, temp: float, fitting: float) -> bool:
+    """Whether a temperature leaves softmax centering a few prototypes that take all images."""
+    return run.centering == "softmax_center" and temp < LOWEST_CENTERED_TEMP * fitting
 
 
 def _layer_scale(run: RunSettings) -> Suggestion:

@@ -74,6 +74,10 @@ def warnings(**changes) -> list[str]:
             r"^centering.teacher_temp=0.07 .* total_steps=3000: .* lower it to about 0.024,",
         ),
         (
+            {"teacher_temp": 0.02, "centering": "softmax_center"},
+            r"^centering.teacher_temp=0.02 is too low .* about 0.043, or set .*=sinkhorn_knopp$",
+        ),
+        (
             {"base_learning_rate": 1e-6},
             r"^optim.base_learning_rate=1e-06 .* set it to about 0.004$",
         ),
@@ -90,11 +94,11 @@ def warnings(**changes) -> list[str]:
             r"^koleo.loss_weight=0.1 .*; set koleo.loss_weight=0$",
         ),
         (
-            {"centering": "softmax_center", "center_momentum": 0.9999},
+            {"centering": "softmax_center", "teacher_temp": 0.04, "center_momentum": 0.9999},
             r"^centering.center_momentum=0.9999 .* total_steps=3000: .*; 0.9 is usual$",
         ),
         (
-            FEW_STEPS | {"centering": "softmax_center", "total_steps": 9},
+            FEW_STEPS | {"centering": "softmax_center", "teacher_temp": 0.04, "total_steps": 9},
             r"^centering.center_momentum=0.9 .* total_steps=9: .*; lower it, or train longer$",
         ),
     ],
@@ -110,7 +114,7 @@ def test_a_warning_names_key_value_rule_and_cure(changes, pattern):
     [
         {},
         {"dino_prototypes": 2048},  # 16 for each row: below the paper's 21
-        {"centering": "softmax_center", "dino_prototypes": 131_072},
+        {"centering": "softmax_center", "teacher_temp": 0.04, "dino_prototypes": 131_072},
         {"dino_weight": 0.0, "dino_prototypes": 131_072},
         {"warmup_steps": 1500},
         {"warmup_steps": 0, "freeze_last_layer_steps": 0},
@@ -120,7 +124,7 @@ def test_a_warning_names_key_value_rule_and_cure(changes, pattern):
         {"koleo_weight": 0.0, "group_size": 1},
         {"center_momentum": 1.0},  # of softmax centering alone
         {"layer_scale_init": 1e-5, "total_steps": 20_000},
-        FEW_STEPS | {"centering": "softmax_center", "total_steps": 10},
+        FEW_STEPS | {"centering": "softmax_center", "teacher_temp": 0.04, "total_steps": 10},
         FEW_STEPS | {"total_steps": 1},
         FEW_STEPS | {"total_steps": 3, "warmup_steps": 2, "freeze_last_layer_steps": 2},
         # Proposed, rounded: a peak of 0.01005.

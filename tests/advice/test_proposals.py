@@ -197,6 +197,16 @@ def test_a_learning_rate_beside_layer_decay_is_left_alone():
     assert values(run)["optim.base_learning_rate"] == run.base_learning_rate
 
 
+def test_softmax_centering_has_a_temperature_of_its_own():
+    """At Sinkhorn's 0.02 a few prototypes took all images: 29 % kNN after 600 steps, 37 at 0.04."""
+    run = far_from(PAPER, centering="softmax_center")
+    assert values(run)["centering.teacher_temp"] == 0.07
+    for temp, proposed in ((9.0, 0.04), (0.02, 0.04), (0.03, 0.03), (0.07, 0.07)):
+        short = dataclasses.replace(run, total_steps=600, teacher_temp=temp)
+        assert values(short)["centering.teacher_temp"] == proposed
+        assert values(short)["centering.teacher_temp_start"] == 0.04
+
+
 def test_schedules_end_by_the_peak_and_the_momentum_that_are_proposed():
     """Both flat in a short run, from a start that was left as it is, and as good as 0 in a long."""
     short = dict(global_batch_size=64, total_steps=3_000, embed_dim=160, num_batch_pieces=1)

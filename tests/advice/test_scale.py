@@ -14,7 +14,7 @@ LINES = {
     "momentum": scale.MOMENTUM_GAP,
     "learning rate": scale.LEARNING_RATE,
     "warm-up": scale.WARMUP_SHARE,
-    "temperature": scale.TEACHER_TEMP,
+    "temperature": scale.TEACHER_TEMP["sinkhorn_knopp"],
     "LayerScale": scale.LAYER_SCALE,
     "group": scale.GROUP_SIZE,
 }
