@@ -255,8 +255,12 @@ def _configs_package():
 def run_file(path: pathlib.Path):
     """`get_config()` of a file; any failure in it as one line with its place."""
     if not path.is_file():
-        shipped = sorted(p.name for p in (REPOSITORY / "configs").glob("[a-z]*.py"))
-        raise ConfigError(f"--config={path} is not a file; configs/ has {', '.join(shipped)}")
+        folder = REPOSITORY / "configs"
+        if (near := path.resolve().parent).is_relative_to(folder) and near.is_dir():
+            folder = near
+        shipped = sorted(p.name for p in folder.glob("[a-z]*.py"))
+        where = folder.relative_to(REPOSITORY)
+        raise ConfigError(f"--config={path} is not a file; {where}/ has {', '.join(shipped)}")
     try:
         return runpy.run_path(str(path))["get_config"]()
     except ConfigError:

@@ -175,7 +175,8 @@ def test_a_wrong_file_is_one_line_with_its_place(tmp_path, line, complaint):
 
 
 def test_a_missing_file_lists_the_shipped_ones():
-    assert "quickstart.py" in _error(path="configs/quikstart.py")
+    assert "configs/ has base.py" in _error(path="configs/quikstart.py")
+    assert "configs/evals/ has paper.py" in _error(path="configs/evals/papr.py")
 
 
 def test_comparison_sees_what_changes_results_and_nothing_else():

@@ -120,8 +120,8 @@ def fill_store(
             path = store.name_bad(source.rejected)
             raise DataError(
                 f"{count} of {num_images} images cannot be read, more than max_bad_fraction="
-                f"{max_bad_fraction:g} allows; they are named in {path}: repair or remove them, or "
-                "raise max_bad_fraction"
+                f"{max_bad_fraction:g} allows; they are named in {path}: repair or remove them "
+                "(dinov2_jax.features may be told to allow more)"
             )
 
     total = sum(lengths.values())
