@@ -243,8 +243,8 @@ def table(runs: pathlib.Path) -> str:
         cells = []
         for name in names:
             values = [x[name] for x in seeds.values() if name in x]
-            plain = found[PLAIN]
-            apart = [x[name] - plain[s][name] for s, x in seeds.items() if name in plain.get(s, {})]
+            both = [(x, found[PLAIN].get(seed, {})) for seed, x in seeds.items()]
+            apart = [x[name] - plain[name] for x, plain in both if name in x and name in plain]
             cell = f"{np.mean(values):.3g}" if values else ""
             if apart and change != PLAIN:
                 cell += f" ({np.mean(apart):+.2g}: {min(apart):+.2g} to {max(apart):+.2g})"
