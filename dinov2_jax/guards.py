@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-# Cross-entropy within this share of ln K counts as "at ln K". Collapsed runs in public reports
-# agree with ln K to four digits (8.3178 = ln 4096, 11.0903 = ln 65536).
+# Cross-entropy within this share of ln K counts as "at ln K", and below it as "at 0". Collapsed
+# runs in public reports agree with ln K to four digits (8.3178 = ln 4096, 11.0903 = ln 65536); one
+# whose center stood still was at 0.0004 ln K after 60 steps. Runs that learn are at 0.2 to 1.
 AT_LOG_K = 0.005
 # Log lines that must agree before anything is said, and whose median is a start.
 WINDOW = 5
@@ -27,6 +28,13 @@ LOSS_TERMS = ("dino_global_loss", "dino_local_loss", "ibot_loss", "koleo_loss")
 LIKELY_CAUSES = (
     "learning rate too high or warm-up too short; teacher temperature too high; too few images a "
     "step for Sinkhorn-Knopp and this many prototypes; prototypes frozen for too long"
+)
+
+
+ONE_PROTOTYPE = (
+    "the cross-entropy sits at 0: all images choose the same prototype; likely causes: softmax "
+    "centering whose center does not move (centering.center_momentum) or whose teacher temperature "
+    "is too low; centering.kind=sinkhorn_knopp does not collapse so"
 )
 
 
@@ -56,9 +64,10 @@ def watch_collapse(
 ) -> tuple[dict[str, Any], str | None]:
     """Takes in one line and says whether the run has collapsed.
 
-    A run has collapsed when, in each of the last `WINDOW` log lines after the warm-up,
+    A run has collapsed when, in each of the last `WINDOW` log lines, the mean cross-entropy of
+    every loss in use sits at 0; or, after the warm-up,
 
-        the mean cross-entropy of every loss in use sits at ln K, and
+        it sits at ln K, and
         feature_std, feature_rank or the kNN has fallen far below its start,
 
     where the start is the median of the first `WINDOW` lines of the run or after the warm-up,
@@ -87,11 +96,16 @@ def watch_collapse(
         return state, None
     line = {name: metrics[name] for name in SIGNALS}
     line["is_at_log_k"] = all(abs(metrics[name] - 1) < AT_LOG_K for name in names)
+    line["is_at_zero"] = all(metrics[name] < AT_LOG_K for name in names)
     state["window"] = [*state["window"], line][-WINDOW:]
     state["lines_after_warmup"] += step > warmup_steps
     now = {name: median(line[name] for line in state["window"]) for name in SIGNALS}
     if len(state["window"]) < WINDOW:
         return state, None
+    # Lines of an older checkpoint do not say so.
+    if all(line.get("is_at_zero") for line in state["window"]):
+        is_news, state["warned"] = not state["warned"], True
+        return state, f"collapse at step {step}: {ONE_PROTOTYPE}" if is_news else None
     is_start = state["lines_after_warmup"] == WINDOW
     if is_start or not state["start"]:
         state["start"] = {name: max(now[name], state["start"].get(name, 0.0)) for name in SIGNALS}

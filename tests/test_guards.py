@@ -75,6 +75,22 @@ def test_a_knn_that_fell_at_ln_k_is_a_collapse():
     assert len(warned) == 1 and "kNN has fallen from 80.0% to 10.0%" in warned[0][1]
 
 
+def test_targets_of_a_single_prototype_are_a_collapse_even_in_the_warm_up():
+    """Measured: softmax centering whose center stands still, KoLeo and iBOT off."""
+    falling = [_line(ratio) for ratio in (0.065, 0.03, 0.0084, 0.003)]
+    collapsed = [_line(0.0004, std=0.2, rank=1.2) for _ in range(20)]
+    state, warned = _watch([*falling, *collapsed])
+    (step, text), *more = warned
+    assert step == 10 * (len(falling) + WINDOW - 1) and not more
+    assert "cross-entropy sits at 0" in text and "center_momentum" in text
+    # After a recovery it is news again.
+    healthy = [_line(0.8) for _ in range(12)]
+    assert len(_watch(healthy + collapsed, state=state, first_step=600)[1]) == 1
+    # Sharp targets are not it, nor one loss of two.
+    assert _watch([_line(0.15) for _ in range(40)])[1] == []
+    assert _watch([_line(0.0004, ibot=0.5) for _ in range(40)])[1] == []
+
+
 def test_nothing_is_said_before_the_warm_up_is_over():
     lines = [_line(1.0, std) for std in np.geomspace(0.9, 1e-4, WARMUP // 10 + WINDOW)]
     assert _watch(lines)[1] == []
