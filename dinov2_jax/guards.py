@@ -114,7 +114,8 @@ def watch_collapse(
     fallen = _fallen(state, now)
     has_collapsed = bool(fallen) and all(line["is_at_log_k"] for line in state["window"])
     is_news = has_collapsed and not state["warned"]
-    state["warned"] = has_collapsed
+    # It ends when the features are back: a line off ln K is no recovery.
+    state["warned"] = has_collapsed or (state["warned"] and bool(fallen))
     if not is_news:
         return state, None
     return state, (

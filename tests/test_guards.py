@@ -63,8 +63,12 @@ def test_features_that_fell_at_ln_k_are_a_collapse_reported_once(fallen, named):
     # It takes a whole window at ln K, and no more.
     assert step == 10 * (20 + WINDOW)
     assert named in text and "likely causes: learning rate" in text
+    # A line off ln K is no recovery.
+    flicker = [_line(0.98, **fallen), *collapsed]
+    state, warned = _watch(flicker, state=state, first_step=550)
+    assert warned == []
     # After a recovery a second collapse is news again.
-    _, warned = _watch(healthy + collapsed, state=state, first_step=600)
+    _, warned = _watch(healthy + collapsed, state=state, first_step=900)
     assert len(warned) == 1
 
 
