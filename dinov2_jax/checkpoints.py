@@ -53,15 +53,54 @@ class KeepPolicy:
         ]
 
 
+@dataclasses.dataclass
+class _Write:
+    """One of a save's writes on its way, Orbax's `Future`, whose error is told before it is raised.
+
+    Of several processes, the one whose write fails waits with its error for the others, and they
+    for its write: ten minutes, Orbax's limit.
+    """
+
+    write: Any
+    tell: Callable[[Exception], None]
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Waits for the write."""
+        try:
+            return self.write.result(timeout=timeout)
+        except Exception as error:
+            self.tell(error)
+            raise
+
+
+def _telling(handler: Any, tell: Callable[[Exception], None]) -> Any:
+    """A handler of Orbax whose writes tell their errors. Orbax knows it by its class: no other."""
+    async_save = handler.async_save
+
+    async def telling_save(*args, **kwargs) -> list[_Write]:
+        return [_Write(write, tell) for write in await async_save(*args, **kwargs) or ()]
+
+    handler.async_save = telling_save
+    return handler
+
+
 class Checkpoints:
     """Saves and restores under one directory. A context manager: leaving it waits for saves."""
 
-    def __init__(self, directory: epath.PathLike, keep: KeepPolicy):
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        keep: KeepPolicy,
+        *,
+        on_failure: Callable[[Exception], None] = lambda error: None,
+    ):
         """Opens the directory, creating it, and removes what a killed save left behind.
 
         Args:
           directory: local or remote (anything epath opens).
           keep: which steps stay; asked after every save.
+          on_failure: called at once, in another thread, with what a write in the background fails
+            of on this process; `save` and `wait` raise it when all processes know of it.
         """
         # Orbax logs every phase of every save, and each error once more with its traceback; all
         # errors are raised by `save`, `wait` or leaving the context.
@@ -70,6 +109,7 @@ class Checkpoints:
         if not is_url(directory):  # Orbax saves to absolute paths only
             self.directory = self.directory.resolve()
         self.keep = keep
+        self._on_failure = on_failure
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -82,8 +122,8 @@ class Checkpoints:
             self.directory,
             options=options,
             item_handlers={
-                STATE: ocp.StandardCheckpointHandler(),
-                HOST: ocp.JsonCheckpointHandler(),
+                STATE: _telling(ocp.StandardCheckpointHandler(), self._on_failure),
+                HOST: _telling(ocp.JsonCheckpointHandler(), self._on_failure),
             },
         )
 

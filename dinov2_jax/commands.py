@@ -7,7 +7,8 @@ from dinov2_jax import alarm
 from dinov2_jax.distributed import HostError
 from dinov2_jax.workdir import is_disk_full
 
-DISK_FULL, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+# The first is what Python ends with.
+UNEXPECTED, DISK_FULL, WRONG_INPUT, INTERRUPTED = 1, 1, 2, 130
 
 
 def run_command(action: Callable[[], int]) -> int:
@@ -29,8 +30,20 @@ def run_command(action: Callable[[], int]) -> int:
             return fail(f"{error}; free space, and the same command goes on", DISK_FULL)
         if isinstance(error, (ValueError, OSError, ModuleNotFoundError, HostError)):
             return fail(error, WRONG_INPUT)
-        alarm.ring(error, 1, has_traceback=True)
+        alarm.ring(error, UNEXPECTED, has_traceback=True)
         raise
+
+
+def end_all(error: Exception, *, disk_full: str) -> None:
+    """Of several processes, ends all for an error that nobody expects; a single one just returns.
+
+    Args:
+      error: says all of itself.
+      disk_full: is said in its place where it comes of that.
+    """
+    if is_disk_full(error):
+        alarm.ring(disk_full, DISK_FULL)
+    alarm.ring(error, UNEXPECTED, has_traceback=True)
 
 
 def fail(error: Exception | str, code: int) -> int:

@@ -18,11 +18,11 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from dinov2_jax import alarm, compiler, distributed, inputs, preview, report, startup, workload
+from dinov2_jax import compiler, distributed, inputs, preview, report, startup, workload
 from dinov2_jax import config as config_lib
 from dinov2_jax import metrics as metrics_lib
 from dinov2_jax.checkpoints import Checkpoints, KeepPolicy
-from dinov2_jax.commands import WRONG_INPUT, fail
+from dinov2_jax.commands import WRONG_INPUT, end_all, fail
 from dinov2_jax.config_rules import ConfigError
 from dinov2_jax.convert.spec import METADATA_KEY, SPEC_FILE, ModelSpec
 from dinov2_jax.data.records import DataError
@@ -50,6 +50,10 @@ from dinov2_jax.workdir import (
 )
 
 STOPPED = 1
+NO_SPACE = (
+    "no space left for --workdir={}; free some and run the same command again: what was saved is "
+    "whole, and the run goes on from its last checkpoint"
+)
 CROPS_FILE, PATCHES_FILE = "crops.png", "pca.png"
 LEFTOVERS = (CROPS_FILE, PATCHES_FILE, BAD_IMAGES_FILE, NONFINITE_FOLDER)
 
@@ -75,14 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, WorkdirError, distributed.HostError) as error:
         return fail(error, WRONG_INPUT)
     except Exception as error:
+        end_all(error, disk_full=NO_SPACE.format(workdir))
         if not is_disk_full(error):
-            alarm.ring(error, STOPPED, has_traceback=True)
             raise
-        return fail(
-            f"no space left for --workdir={workdir}; free some and run the same command again: "
-            "what was saved is whole, and the run goes on from its last checkpoint",
-            STOPPED,
-        )
+        return fail(NO_SPACE.format(workdir), STOPPED)
 
 
 def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopSignals) -> int:
@@ -96,7 +96,10 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
         last=config.checkpoints.keep_last, every_steps=config.checkpoints.keep_every_steps
     )
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep))
+        end = functools.partial(end_all, disk_full=NO_SPACE.format(workdir))
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir / "checkpoints", keep, on_failure=end)
+        )
         if checkpoints.steps():
             check_unchanged(workdir, config, allow=flags.allow_config_change, say=say)
             if checkpoints.steps()[-1] >= config.total_steps:

@@ -11,6 +11,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -116,6 +117,34 @@ def test_too_little_space_is_an_error_before_anything_is_written(tmp_path, monke
         assert checkpoints.steps() == [1] and not list(tmp_path.glob("*tmp*"))
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
         checkpoints.save(2, _state(2), {})
+
+
+class Fails:
+    """A write that fails in the background."""
+
+    def result(self, timeout):
+        raise OSError(errno.ENOSPC, "full")
+
+
+@pytest.mark.parametrize("handler", ["StandardCheckpointHandler", "JsonCheckpointHandler"])
+def test_a_write_that_fails_is_told_at_once_and_raised(tmp_path, monkeypatch, handler):
+    handler = getattr(ocp, handler)
+    async_save = handler.async_save
+
+    async def fail(*args, **kwargs):
+        return [*await async_save(*args, **kwargs), Fails()]
+
+    told = []
+    with Checkpoints(tmp_path, KeepPolicy(last=2), on_failure=told.append) as checkpoints:
+        checkpoints.save(1, _state(1), {})
+        checkpoints.wait()
+        monkeypatch.setattr(handler, "async_save", fail)
+    with Checkpoints(tmp_path, KeepPolicy(last=2), on_failure=told.append) as checkpoints:
+        checkpoints.save(2, _state(2), {})
+        with pytest.raises(OSError, match="full"):
+            checkpoints.wait()
+        assert [error.errno for error in told] == [errno.ENOSPC]
+        assert checkpoints.restore_latest(_abstract(), warn=_fail)[0] == 1
 
 
 def test_restores_onto_another_mesh(tmp_path):

@@ -4,6 +4,7 @@ import errno
 
 import pytest
 
+from dinov2_jax import commands
 from dinov2_jax.commands import run_command
 from dinov2_jax.distributed import HostError
 
@@ -33,3 +34,13 @@ def test_what_is_right_or_a_mistake_of_ours(capsys):
     assert capsys.readouterr().err == ""
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 / 0)
+
+
+def test_ends_all_with_the_error_or_what_to_do_about_a_full_disk(monkeypatch):
+    rung = []
+    monkeypatch.setattr(commands.alarm, "ring", lambda *args, **kwargs: rung.append((args, kwargs)))
+    quota = RuntimeError("quota")
+    commands.end_all(quota, disk_full="free some")
+    assert rung == [((quota, 1), {"has_traceback": True})]
+    commands.end_all(OSError(errno.ENOSPC, "full"), disk_full="free some")
+    assert rung[1] == (("free some", 1), {})

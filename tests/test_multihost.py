@@ -154,23 +154,47 @@ def test_processes_that_differ_are_refused(cache, tmp_path):
     assert "processes [1] have another configuration than process 0" in output
 
 
-def test_a_process_that_fails_alone_in_mid_run_ends_the_other_in_one_line(two, cache, tmp_path):
+FAILS_ALONE = """
+import os
+if os.environ.get("JAX_PROCESS_ID") == "1":
+"""
+IN_A_STEP = """
+    from dinov2_jax.loop import Loop
+    one_step = Loop._one_step
+    def fail(self):
+        if self.step == 4: raise ZeroDivisionError("only here")
+        one_step(self)
+    Loop._one_step = fail
+"""
+IN_A_WRITE = """
+    import orbax.checkpoint as ocp
+    async_save = ocp.StandardCheckpointHandler.async_save
+    class Fails:
+        def result(self, timeout): raise OSError(28, "full")
+    async def fail(*args, **kwargs):
+        return [*await async_save(*args, **kwargs), Fails()]
+    ocp.StandardCheckpointHandler.async_save = fail
+"""
+
+
+@pytest.mark.parametrize(
+    "patch, error",
+    [
+        (IN_A_STEP, "ZeroDivisionError: only here"),
+        (IN_A_WRITE, "no space left for --workdir="),
+    ],
+    ids=["step", "background write"],
+)
+def test_a_process_that_fails_alone_in_mid_run_ends_the_other_in_one_line(
+    two, cache, tmp_path, patch, error
+):
     """The script ends nobody before one has ended: a process that nobody tells waits for ever."""
-    patch = tmp_path / "sitecustomize.py"
-    patch.write_text(
-        "import os\n"
-        "if os.environ.get('JAX_PROCESS_ID') == '1':\n"
-        "    from dinov2_jax.loop import Loop\n"
-        "    one_step = Loop._one_step\n"
-        "    def fail(self):\n"
-        "        if self.step == 4: raise ZeroDivisionError('only here')\n"
-        "        one_step(self)\n"
-        "    Loop._one_step = fail\n"
-    )
+    (tmp_path / "sitecustomize.py").write_text(FAILS_ALONE + patch)
     process = launch(tmp_path / "run", cache, path=tmp_path, eval__kind="none")
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 1, output
-    assert output.count("Traceback") == output.count("\nZeroDivisionError: only here") == 1
-    assert "error: process 0: process 1 failed: ZeroDivisionError: only here" in output
-    # What was on its way is whole.
-    assert (tmp_path / "run" / "checkpoints" / "4" / "_CHECKPOINT_METADATA").exists()
+    assert output.count("Traceback") == output.count(f"\n{error}") == (patch == IN_A_STEP), output
+    assert f"error: process 0: process 1 failed: {error}" in output
+    # What was on its way is whole, or not there.
+    whole = (tmp_path / "run" / "checkpoints" / "4" / "_CHECKPOINT_METADATA").exists()
+    assert whole == (patch == IN_A_STEP)
