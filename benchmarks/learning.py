@@ -2,7 +2,7 @@
 
 Both train on the same images, at the same crops and batch, in float32, side by side on half of the
 cores each. Ours is configs/small.py; lightly-train has the smallest model that it offers (ViT-S/14)
-and is given the recipe's settings wherever it has them.
+and is given the recipe's settings wherever it has them: crops, colours, heads, losses, schedules.
 
     python -m benchmarks.learning run OUT --data FOLDER --lightly-python VENV/bin/python --steps N M
     python -m benchmarks.learning plot OUT --picture learning.png
@@ -22,6 +22,8 @@ import sys
 import tarfile
 
 import numpy as np
+
+from dinov2_jax.data.multicrop import BLUR_PROBABILITY
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SET = "val"
@@ -46,6 +48,7 @@ def train_ours(options, workdir: pathlib.Path, steps: int) -> None:
         "eval.crop_size_px": GLOBAL_PX,
         "eval_every_steps": max(steps // EVALUATIONS, 1),
         "log_every_steps": 1,
+        "dtype": "float32",
     }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     config = f"--config={ROOT / 'configs' / 'small.py'}"
@@ -76,17 +79,12 @@ def train_lightly(options, workdir: pathlib.Path, steps: int) -> None:
         "batch_size": config.global_batch_size,
         "num_workers": 0,
         "snapshot_every": max(steps // EVALUATIONS, 1),
-        "model_args": {"drop_path_rate": config.model.drop_path_rate},
-        "optim_args": {"lr": config.optim.base_learning_rate},
-        "transform_args": {
-            "image_size": (GLOBAL_PX, GLOBAL_PX),
-            "random_resize": scale(config.crops.global_crop_scale),
-            "local_view": {
-                "num_views": config.crops.num_local_crops,
-                "view_size": (LOCAL_PX, LOCAL_PX),
-                "random_resize": scale(config.crops.local_crop_scale),
-            },
+        "model_args": {
+            "drop_path_rate": config.model.drop_path_rate,
+            "init_values": config.model.layer_scale_init,
         },
+        "optim_args": {"lr": config.optim.base_learning_rate},
+        "transform_args": transforms(config),
         "method_args": {
             "ibot_separate_head": True,
             "center_method": "sinkhorn_knopp",
@@ -107,6 +105,7 @@ def train_lightly(options, workdir: pathlib.Path, steps: int) -> None:
             "weight_decay_end": config.optim.weight_decay_end,
         },
     }
+    (workdir / "snapshots.jsonl").unlink(missing_ok=True)  # of a run before
     script = pathlib.Path(__file__).with_name("lightly_run.py")
     run([options.lightly_python, str(script), json.dumps(arguments)], workdir)
 
@@ -116,6 +115,36 @@ def recipe():
     from dinov2_jax.config import load_config
 
     return load_config(str(ROOT / "configs" / "small.py"), [], needs_data=False)
+
+
+def transforms(config) -> dict:
+    """Crops and colours, in lightly-train's words."""
+    crops, augment = config.crops, config.augment
+    blurs = [
+        {"prob": probability, "sigmas": augment.blur_sigma_px}
+        for probability in augment.blur_probability or BLUR_PROBABILITY[augment.mode]
+    ]
+    return {
+        "image_size": (GLOBAL_PX, GLOBAL_PX),
+        "random_resize": scale(crops.global_crop_scale),
+        "color_jitter": {
+            "prob": augment.jitter_probability,
+            "strength": 1.0,
+            "brightness": augment.brightness,
+            "contrast": augment.contrast,
+            "saturation": augment.saturation,
+            "hue": augment.hue,
+        },
+        "random_gray_scale": augment.grayscale_probability,
+        "gaussian_blur": blurs[0],
+        "global_view_1": {"gaussian_blur": blurs[1]},  # solarizes as the recipe does
+        "local_view": {
+            "num_views": crops.num_local_crops,
+            "view_size": (LOCAL_PX, LOCAL_PX),
+            "random_resize": scale(crops.local_crop_scale),
+            "gaussian_blur": blurs[2],
+        },
+    }
 
 
 def scale(shares: tuple[float, float]) -> dict[str, float]:
