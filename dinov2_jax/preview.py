@@ -73,6 +73,7 @@ def run_settings(config, trainer: startup.Trainer, *, num_images: int) -> RunSet
         center_momentum=config.centering.center_momentum,
         teacher_temp_start=config.centering.teacher_temp_start,
         teacher_temp=config.centering.teacher_temp,
+        teacher_temp_warmup_steps=config.centering.teacher_temp_warmup_steps,
         momentum_start=config.teacher.momentum_start,
         momentum_end=config.teacher.momentum_end,
         base_learning_rate=config.optim.base_learning_rate,

@@ -218,7 +218,8 @@ def last_words(
     if "cls" in values:
         lines.append(f"kNN {name}: {standing(values)}")
     hint = (
-        "a larger model (--config=configs/vits14.py), or more steps (--config.total_steps)"
+        "a larger model (--config=configs/vits14.py; with --suggest, what fits your run), or more "
+        "steps (--config.total_steps)"
         if is_own_data
         else "your own images, --config.data.path=/your/images"
     )

@@ -11,6 +11,7 @@ from dinov2_jax.advice import scale
 from dinov2_jax.advice.proposals import (
     NEAR_LEARNING_RATE,
     NEAR_WARMUP,
+    RISES,
     fitting_base,
     fitting_group_size,
     fitting_prototypes,
@@ -29,6 +30,7 @@ MOST_OF_THE_TEACHER = 0.5  # is its initialisation at the end
 COPIES_IN_A_STEP = 2  # of each image
 FEWEST_LOCAL_PATCHES = 4  # of a crop
 TEMP_TOO_HIGH = 2.5  # times what fits; 2 times took twice as many images, docs/learning.md
+RATE_TOO_HIGH = 5  # times what fits; 30 times unlearnt what the random network knew, same page
 
 
 def warnings_of(run: RunSettings) -> list[str]:
@@ -103,6 +105,14 @@ def _of_lengths(run: RunSettings) -> Iterator[str]:
             f"{run.total_steps}: targets stay nearly even and teach little; lower it to about "
             f"{fitting:.2g}, and centering.teacher_temp_start with it"
         )
+    elif run.teacher_temp_warmup_steps:
+        fitting = scale.TEACHER_TEMP_START[run.centering].at(run.total_steps)
+        if run.teacher_temp_start > TEMP_TOO_HIGH * fitting:
+            yield (
+                f"centering.teacher_temp_start={run.teacher_temp_start:g} is too high for "
+                f"total_steps={run.total_steps}: targets begin nearly even and teach little; lower "
+                f"it to about {fitting:.2g}"
+            )
     fitting = scale.LAYER_SCALE.at(run.total_steps)
     if run.layer_scale_init * LAYER_SCALE_TOO_SMALL < fitting:
         yield (
@@ -118,11 +128,22 @@ def _of_rates(run: RunSettings) -> Iterator[str]:
     fitting = fitting_base(run)
     # Beside layerwise decay most layers learn at a fraction of the peak: no value is known to fit.
     cure = f"set it to about {fitting:g}" if run.layerwise_lr_decay == 1 else "bring it there"
-    if not (low <= peak <= high or is_near(run.base_learning_rate, fitting, NEAR_LEARNING_RATE)):
+    times = run.base_learning_rate / fitting if run.layerwise_lr_decay == 1 else 0
+    is_outside = not low <= peak <= high
+    if is_outside:
+        rule = f"should lie in {low:g}..{high:g}"
+    else:
+        rule = f"is {times:.0f} times what fits {run.total_steps} steps"
+    is_close = is_near(run.base_learning_rate, fitting, NEAR_LEARNING_RATE)
+    if (is_outside and not is_close) or times > RATE_TOO_HIGH:
         yield (
             f"optim.base_learning_rate={run.base_learning_rate:g} gives a peak of {peak:.2g} at "
-            f"global_batch_size={run.global_batch_size}, which should lie in {low:g}..{high:g}; "
-            f"{cure}"
+            f"global_batch_size={run.global_batch_size}, which {rule}; {cure}"
+        )
+    if run.min_learning_rate > RISES * peak:
+        yield (
+            f"optim.min_learning_rate={run.min_learning_rate:g} is above the peak of {peak:.2g}: "
+            "the rate rises to it until the last step; set it to the peak or lower"
         )
 
 

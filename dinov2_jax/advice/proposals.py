@@ -7,7 +7,7 @@ is left once they are applied.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from dinov2_jax.advice import scale
 from dinov2_jax.advice.settings import RunSettings
@@ -18,11 +18,13 @@ NEAR_MOMENTUM = 2  # of 1 - momentum
 NO_MOMENTUM_GAP = 0.002  # at the end of a run as good as 0
 NEAR_LEARNING_RATE = 2
 NEAR_LEARNING_RATE_END = 3
+RISES = 1.1  # times the peak, a rate at the end; a flat one that is rounded does not
 NO_LEARNING_RATE = 0.01  # of the peak: at the end of a run as good as 0
 NEAR_WARMUP = 2
-NEAR_TEACHER_TEMP = 2
+NEAR_TEACHER_TEMP = 1.5  # 2 times took twice as many images, docs/learning.md
 LOWEST_CENTERED_TEMP = 0.7  # of what fits, with softmax centering
 NEAR_LAYER_SCALE = 10
+NEAR_KOLEO = 3
 NEAR_GROUP_SIZE = 3
 
 
@@ -57,6 +59,7 @@ def suggest(run: RunSettings) -> tuple[Suggestion, ...]:
         *_teacher_temps(run),
         _layer_scale(run),
         _group_size(run),
+        _koleo(run),
     )
 
 
@@ -120,8 +123,8 @@ def _momentum(run: RunSettings) -> Iterator[Suggestion]:
 def _end_reason(run: RunSettings, what: str) -> str:
     (short, _), (long, _) = scale.LEARNING_RATE_END.small, scale.LEARNING_RATE_END.large
     return (
-        f"a {what} ends a run of {long:,} steps and more; up to {short:,} it stops one that still "
-        f"learns; these are {run.total_steps:,}"
+        f"a {what} ends a run of {long:,} steps and more; up to {short:,} a level one goes on "
+        f"learning; these are {run.total_steps:,}"
     )
 
 
@@ -145,7 +148,7 @@ def _learning_rate(run: RunSettings) -> Iterator[Suggestion]:
     near = is_near(max(current / peak, floor), max(share, floor), NEAR_LEARNING_RATE_END)
     yield Suggestion(
         "optim.min_learning_rate",
-        current if near else _round_digits(share * peak, 2),
+        current if near and current <= RISES * peak else _round_digits(share * peak, 2),
         current,
         _end_reason(run, "rate towards 0"),
     )
@@ -178,21 +181,38 @@ def _warmup(run: RunSettings) -> Suggestion:
 
 
 def _teacher_temps(run: RunSettings) -> Iterator[Suggestion]:
-    for key, current, line in (
-        ("centering.teacher_temp_start", run.teacher_temp_start, scale.TEACHER_TEMP_START),
-        ("centering.teacher_temp", run.teacher_temp, scale.TEACHER_TEMP),
-    ):
-        line = line[run.centering]
-        fitting = _round_digits(line.at(run.total_steps), 2)
-        near = is_near(current, fitting, NEAR_TEACHER_TEMP)
-        (short, low), (long, high) = line.small, line.large
-        yield Suggestion(
-            key,
-            current if near and not is_too_low(run, current, fitting) else fitting,
-            current,
-            f"targets must be sharp to teach in few steps: {low:g} fits up to {short:,}, "
-            f"{high:g} from {long:,} on; these are {run.total_steps:,}",
-        )
+    end = _teacher_temp(
+        run, "centering.teacher_temp", run.teacher_temp, scale.TEACHER_TEMP, highest=math.inf
+    )
+    yield _teacher_temp(
+        run,
+        "centering.teacher_temp_start",
+        run.teacher_temp_start,
+        scale.TEACHER_TEMP_START,
+        highest=end.value,  # it never falls
+    )
+    yield end
+
+
+def _teacher_temp(
+    run: RunSettings,
+    key: str,
+    current: float,
+    lines: Mapping[str, scale.Line],
+    *,
+    highest: float,
+) -> Suggestion:
+    line = lines[run.centering]
+    fitting = _round_digits(line.at(run.total_steps), 2)
+    near = is_near(current, fitting, NEAR_TEACHER_TEMP) and not is_too_low(run, current, fitting)
+    (short, low), (long, high) = line.small, line.large
+    return Suggestion(
+        key,
+        min(current if near else fitting, highest),
+        current,
+        f"targets must be sharp to teach in few steps: {low:g} fits up to {short:,}, "
+        f"{high:g} from {long:,} on; these are {run.total_steps:,}",
+    )
 
 
 def is_too_low(run: RunSettings, temp: float, fitting: float) -> bool:
@@ -215,11 +235,23 @@ def fitting_group_size(run: RunSettings) -> int:
     piece = run.global_batch_size // run.num_batch_pieces
     sizes = [
         size
-        for size in range(1, piece + 1)
+        for size in range(min(piece, 2), piece + 1)  # one image has no neighbours
         if piece % size == 0 and (not run.ibot_weight or int(2 * size * run.mask_probability) >= 1)
     ]
     aim = scale.GROUP_SIZE.at(run.global_batch_size)
     return min(sizes, key=lambda size: abs(math.log(size / aim)), default=run.group_size)
+
+
+def _koleo(run: RunSettings) -> Suggestion:
+    current, group = run.koleo_weight, _group_size(run).value
+    fitting = scale.KOLEO_WEIGHT if group > 1 else 0.0
+    return Suggestion(
+        "koleo.loss_weight",
+        current if fitting and is_near(current, fitting, NEAR_KOLEO) else fitting,
+        current,
+        f"it spreads the class tokens of a group, here {group:,}, over more dimensions: "
+        f"{scale.KOLEO_WEIGHT:g} fits at every size that was tried",
+    )
 
 
 def _group_size(run: RunSettings) -> Suggestion:

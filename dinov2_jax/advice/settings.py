@@ -41,6 +41,7 @@ class RunSettings:
     center_momentum: float
     teacher_temp_start: float
     teacher_temp: float
+    teacher_temp_warmup_steps: int
     momentum_start: float
     momentum_end: float
     base_learning_rate: float

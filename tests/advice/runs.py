@@ -27,6 +27,7 @@ PAPER = RunSettings(
     center_momentum=0.9,
     teacher_temp_start=0.04,
     teacher_temp=0.07,
+    teacher_temp_warmup_steps=37_500,
     momentum_start=0.994,
     momentum_end=1.0,
     base_learning_rate=2e-4,
@@ -62,4 +63,5 @@ FIELDS = {
     "centering.teacher_temp": "teacher_temp",
     "model.layer_scale_init": "layer_scale_init",
     "group_size": "group_size",
+    "koleo.loss_weight": "koleo_weight",
 }

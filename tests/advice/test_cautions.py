@@ -31,7 +31,7 @@ def warnings(**changes) -> list[str]:
     [
         (
             {"dino_prototypes": 131_072},
-            r"^dino.num_prototypes=131072 .* 128 CLS tokens .* 1,024 prototypes or more; .* 512,",
+            r"^dino.num_prototypes=131072 .* 128 CLS tokens .* 1,024 prototypes or more; .* 256,",
         ),
         (
             {"ibot_prototypes": 131_072},
@@ -78,7 +78,19 @@ def warnings(**changes) -> list[str]:
             r"^centering.teacher_temp=0.02 is too low .* about 0.043, or set .*=sinkhorn_knopp$",
         ),
         (
-            {"base_learning_rate": 1e-6},
+            {"teacher_temp_start": 0.2},
+            r"^centering.teacher_temp_start=0.2 .* total_steps=3000: .* lower it to about 0.022$",
+        ),
+        (
+            {"base_learning_rate": 0.03},
+            r"^optim.base_learning_rate=0.03 .* which is 8 times what fits 3000 .* about 0.004$",
+        ),
+        (
+            {"min_learning_rate": 0.1},
+            r"^optim.min_learning_rate=0.1 is above the peak of 5e-05: .*; set it to the peak",
+        ),
+        (
+            {"base_learning_rate": 1e-6, "min_learning_rate": 0.0},
             r"^optim.base_learning_rate=1e-06 .* set it to about 0.004$",
         ),
         (
@@ -124,6 +136,9 @@ def test_a_warning_names_key_value_rule_and_cure(changes, pattern):
         {"koleo_weight": 0.0, "group_size": 1},
         {"center_momentum": 1.0},  # of softmax centering alone
         {"layer_scale_init": 1e-5, "total_steps": 20_000},
+        {"teacher_temp_start": 0.2, "teacher_temp_warmup_steps": 0},  # never reached
+        {"base_learning_rate": 0.012},  # 3 times: behind, and learns
+        {"base_learning_rate": 4e-3, "min_learning_rate": 1e-3},
         FEW_STEPS | {"centering": "softmax_center", "teacher_temp": 0.04, "total_steps": 10},
         FEW_STEPS | {"total_steps": 1},
         FEW_STEPS | {"total_steps": 3, "warmup_steps": 2, "freeze_last_layer_steps": 2},
