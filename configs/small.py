@@ -52,7 +52,7 @@ def get_config():
     # At 0.04 the targets are so even that the same kNN takes more than twice as many images.
     config.centering.teacher_temp_start = 0.02
     config.centering.teacher_temp = 0.02
-    # With a rate falling to 0 and a momentum rising to 1, kNN stood still after a third of a run.
+    # With a rate falling to 0 and a momentum rising to 1, kNN stood still after a third of its run.
     config.teacher.momentum_start = 0.96
     config.teacher.momentum_end = 0.98
     config.optim.base_learning_rate = 1e-3
