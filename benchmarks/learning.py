@@ -236,10 +236,12 @@ def plot(curves: dict[str, list[dict]], path: str) -> None:
         message = f"error: plot needs {error.name}; pip install -e '.[benchmarks]'"
         raise SystemExit(message) from error
     figure = Figure(figsize=(8, 3), dpi=80, layout="constrained")
-    for ax, key, unit in zip(figure.subplots(1, 2), ("images", "seconds"), (1, 60), strict=True):
+    for ax, key, unit in zip(
+        figure.subplots(1, 2), ("images", "seconds"), (1_000, 60), strict=True
+    ):
         for name, points in curves.items():
             ax.plot([p[key] / unit for p in points], [100 * p["cls"] for p in points], label=name)
-        ax.set_xlabel({"images": "images", "seconds": "minutes"}[key])
+        ax.set_xlabel({"images": "thousand images", "seconds": "minutes"}[key])
     figure.axes[0].set_ylabel("kNN of CLS, %")
     figure.axes[0].legend(frameon=False)
     figure.savefig(path)
