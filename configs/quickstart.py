@@ -41,7 +41,7 @@ def get_config():
         head.hidden_dim = 512
         head.bottleneck_dim = 128
 
-    # As configs/small.py; 0.04 is as good here, and rising to 0.07 cost 3 points of kNN.
+    # As configs/small.py. 0.04 is as good here; rising to 0.07 cost 3 points of kNN.
     config.centering.teacher_temp_start = 0.02
     config.centering.teacher_temp = 0.02
     # Flat: with a rate falling to 0 and a momentum rising to 1, kNN ended 6 points lower.
