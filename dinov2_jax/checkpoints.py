@@ -58,7 +58,7 @@ class _Write:
     """One of a save's writes on its way, Orbax's `Future`, whose error is told before it is raised.
 
     Of several processes, the one whose write fails waits with its error for the others, and they
-    for its write: ten minutes, Orbax's limit.
+    for its write, ten minutes and more.
     """
 
     write: Any
