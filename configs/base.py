@@ -156,7 +156,8 @@ def get_config() -> ConfigDict:
     # matmul (with one-hot rows) on TPU and gather elsewhere.
     config.drop_path_form = "auto"
     # Prototype losses: dense (logits [rows, k]) | blocks (of prototypes: memory does not grow with
-    # k) | auto (blocks on TPU, and where dense logits take above 2 GiB on a device).
+    # k) | pallas (blocks by kernels; TPU) | auto (pallas on TPU, and elsewhere blocks where dense
+    # logits take above 2 GiB on a device).
     config.heads = "auto"
     config.head_block_size = 0  # prototypes of a block on one device; 0: by the number of rows
     config.scan_unroll = 1  # blocks unrolled in each turn of the scan over depth

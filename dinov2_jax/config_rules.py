@@ -20,7 +20,7 @@ CHOICES = {
     "attention": ("auto", "xla", "pallas", "cudnn"),
     "drop_path_form": ("auto", "gather", "matmul"),
     "compiler_preset": ("auto", "", "cpu_products", "tpu_overlap", "gpu_overlap"),
-    "heads": ("auto", "dense", "blocks"),
+    "heads": ("auto", "dense", "blocks", "pallas"),
     "eval.kind": ("none", "knn", "crop_identity"),
     "data.in_channels": (1, 3, 4),
 }

@@ -32,7 +32,10 @@ def test_the_choice_follows_batch_and_configuration(overrides, expected):
     assert build(*overrides)[0] == expected
 
 
-@pytest.mark.parametrize(("platform", "expected"), [("tpu", BlockHeads()), ("gpu", DenseHeads())])
+@pytest.mark.parametrize(
+    ("platform", "expected"),
+    [("tpu", BlockHeads(has_kernels=True)), ("gpu", DenseHeads())],
+)
 def test_the_choice_is_that_of_the_mesh_and_not_of_this_machine(platform, expected):
     """The compile check, on a CPU, must compile what a TPU will run."""
     devices = np.array([types.SimpleNamespace(platform=platform)])

@@ -6,6 +6,7 @@ the backward pass keeps is three numbers a row. Value and gradient are those of
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import flax
@@ -14,15 +15,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from dinov2_jax.losses import cross_entropy_pallas
 from dinov2_jax.losses.block_targets import TargetPrototypes, TargetRows
 from dinov2_jax.losses.blocks import Layout, Prototypes
-from dinov2_jax.models.heads import weight_norm
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def block_cross_entropy(
     layout: Layout,
-    assign: Callable[[Array], Array],
+    assign: Callable[[Array], Array] | None,
     features: Array,
     prototypes: Prototypes,
     target_rows: TargetRows,
@@ -34,7 +35,8 @@ def block_cross_entropy(
     Args:
       layout: from `choose_layout`.
       assign: teacher probabilities `[..., k]` of a block to the student rows' targets `[..., k]`:
-        linear, prototype by prototype, and within the groups of the leading axis.
+        linear, prototype by prototype, and within the groups of the leading axis. None: each
+        student row has the target of the same row.
       features: of the student's head `[..., d]`.
       prototypes: the student's; gradients flow to them and to the features, and nowhere else.
       target_rows, target_prototypes: from `block_targets`.
@@ -92,14 +94,8 @@ class _RowSums:
 def _forward(layout, assign, features, prototypes, target_rows, target_prototypes, temps):
     def run(rows, shared, temps):
         features, target_rows = rows
-
-        def step(sums, block):
-            prototypes, targets = block
-            probs = jnp.exp(targets.log_probs(target_rows, temps[1]))
-            return sums.plus(prototypes.logits(features) / temps[0], assign(probs)), None
-
-        start = _RowSums.zeros(features.shape[:-1])
-        sums = layout.visit(step, start, shared)[0].over_devices(layout)
+        sum_rows = _sums_by_kernel if _has_kernel(layout, assign, features) else _sums_by_blocks
+        sums = sum_rows(layout, assign, features, *shared, target_rows, temps).over_devices(layout)
         log_sum = jnp.log(sums.exp_sum)
         value = sums.mass * log_sum - sums.target_x_sum
         entropy = log_sum - sums.exp_x_sum / sums.exp_sum
@@ -112,39 +108,105 @@ def _forward(layout, assign, features, prototypes, target_rows, target_prototype
     return (value, entropy), (inputs, kept)
 
 
+def _has_kernel(layout: Layout, assign: Callable | None, features: Array) -> bool:
+    """Kernels know only targets of the same rows, and few enough of them."""
+    num_rows, width = math.prod(features.shape[:-1]), features.shape[-1]
+    return layout.has_kernels and assign is None and cross_entropy_pallas.fits(num_rows, width)
+
+
+def _sums_by_blocks(layout, assign, features, prototypes, targets, target_rows, temps) -> _RowSums:
+    def step(sums, block):
+        prototypes, targets = block
+        probs = jnp.exp(targets.log_probs(target_rows, temps[1]))
+        probs = assign(probs) if assign else probs
+        return sums.plus(prototypes.logits(features) / temps[0], probs), None
+
+    start = _RowSums.zeros(features.shape[:-1])
+    return layout.visit(step, start, (prototypes, targets))[0]
+
+
+def _sums_by_kernel(layout, assign, features, prototypes, targets, target_rows, temps) -> _RowSums:
+    sums = cross_entropy_pallas.row_sums(*_flat(features, prototypes, targets, target_rows), temps)
+    return _RowSums(*(x.reshape(features.shape[:-1]) for x in sums))
+
+
+def _flat(features, prototypes, targets, target_rows):
+    """The first arguments of the kernels: rows are one axis, products in the compute type."""
+    teacher = targets.prototypes
+    width = features.shape[-1]
+    return (
+        features.reshape(-1, width).astype(prototypes.dtype),
+        prototypes.weight,
+        target_rows.features.reshape(-1, width).astype(teacher.dtype),
+        teacher.weight,
+        (target_rows.row_max.reshape(-1), target_rows.log_sum.reshape(-1)),
+        targets.log_scale,
+    )
+
+
 def _backward(layout, assign, residuals, cotangents):
     (features, prototypes, target_rows, target_prototypes, temps), kept = residuals
 
     def run(rows, shared, temps):
-        features, target_rows, (row_max, log_sum, mass), cotangent = rows
-        z = features.astype(prototypes.dtype)
-
-        def step(grad_features, block):
-            prototypes, targets = block
-            weight, to_parameters = jax.vjp(weight_norm, prototypes.weight_v, prototypes.weight_g)
-            probs = jnp.exp(targets.log_probs(target_rows, temps[1]))
-            x = prototypes.logits(features) / temps[0] - row_max[..., None]
-            softmax = jnp.exp(x - log_sum[..., None])
-            slope = mass[..., None] * softmax - assign(probs)  # [..., k]
-            slope = (cotangent / temps[0])[..., None] * slope
-            grad_weight = jnp.einsum(
-                "nk,nd->kd",
-                slope.reshape(-1, slope.shape[-1]),
-                z.reshape(-1, z.shape[-1]),
-                preferred_element_type=jnp.float32,
-            )
-            grad_features += jnp.einsum(
-                "...k,kd->...d", slope, weight.astype(z.dtype), preferred_element_type=jnp.float32
-            )
-            return grad_features, to_parameters(grad_weight)
-
-        grad_features, grads = layout.visit(step, jnp.zeros(features.shape), shared)
+        features, *_ = rows
+        by_kernel = _has_kernel(layout, assign, features)
+        differentiate = _gradients_by_kernel if by_kernel else _gradients_by_blocks
+        grad_features, grads = differentiate(layout, assign, *rows, *shared, temps)
         return layout.sum_prototypes(grad_features), layout.sum_rows(grads), ()
 
     rows = features, target_rows, kept, cotangents[0]
     grad_features, grads, _ = layout.run(run, rows, (prototypes, target_prototypes), temps)
-    grad_prototypes = prototypes.replace(weight_v=grads[0], weight_g=grads[1])
+    grad_prototypes = prototypes.replace(weight_v=grads[0], scale=grads[1])
     return grad_features.astype(features.dtype), grad_prototypes, None, None, None
+
+
+def _to_parameters(prototypes: Prototypes, grad_weight: Array) -> tuple[Array, Array]:
+    """From the gradient for the vectors `[k, d]` to those for directions and scale."""
+    grad_scale = (grad_weight * prototypes.weight_v).sum(axis=-1, keepdims=True)
+    return grad_weight * prototypes.scale, grad_scale
+
+
+def _gradients_by_blocks(
+    layout, assign, features, target_rows, kept, cotangent, prototypes, targets, temps
+):
+    row_max, log_sum, mass = kept
+    z = features.astype(prototypes.dtype)
+
+    def step(grad_features, block):
+        prototypes, targets = block
+        weight = prototypes.weight
+        probs = jnp.exp(targets.log_probs(target_rows, temps[1]))
+        probs = assign(probs) if assign else probs
+        x = prototypes.logits(features) / temps[0] - row_max[..., None]
+        softmax = jnp.exp(x - log_sum[..., None])
+        slope = mass[..., None] * softmax - probs  # [..., k]
+        slope = (cotangent / temps[0])[..., None] * slope
+        grad_weight = jnp.einsum(
+            "nk,nd->kd",
+            slope.reshape(-1, slope.shape[-1]),
+            z.reshape(-1, z.shape[-1]),
+            preferred_element_type=jnp.float32,
+        )
+        grad_features += jnp.einsum(
+            "...k,kd->...d", slope, weight, preferred_element_type=jnp.float32
+        )
+        return grad_features, _to_parameters(prototypes, grad_weight)
+
+    return layout.visit(step, jnp.zeros(features.shape), (prototypes, targets))
+
+
+def _gradients_by_kernel(
+    layout, assign, features, target_rows, kept, cotangent, prototypes, targets, temps
+):
+    row_max, log_sum, mass = (x.reshape(-1) for x in kept)
+    grad_features, grad_weight = cross_entropy_pallas.gradients(
+        *_flat(features, prototypes, targets, target_rows),
+        temps,
+        log_sum=row_max + log_sum,
+        mass=mass,
+        cotangent=cotangent.reshape(-1),
+    )
+    return grad_features.reshape(features.shape), _to_parameters(prototypes, grad_weight)
 
 
 block_cross_entropy.defvjp(_forward, _backward)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from dinov2_jax.losses import sinkhorn_pallas
 from dinov2_jax.losses.blocks import Layout, Prototypes
 from dinov2_jax.losses.centering import move_center, prototype_floor
 
@@ -46,10 +47,10 @@ def sinkhorn_knopp(
     num_iters: int,
     layout: Layout,
 ) -> tuple[TargetRows, TargetPrototypes]:
-    """`centering.sinkhorn_knopp` in blocks: one visit for the rows' maxima, one per iteration.
+    """`centering.sinkhorn_knopp` in blocks: a pass for the rows' maxima, two for each iteration.
 
-    A visit sums a block's prototypes over all rows, which gives their u, and at once adds the
-    block to the sums of the rows.
+    One pass of an iteration sums over the rows and one over the prototypes. Both in one would save
+    a product, but on a mesh every block would wait for a sum over the devices.
 
     Args:
       features: of the teacher's head, `[..., d]`.
@@ -61,38 +62,81 @@ def sinkhorn_knopp(
     """
     if num_iters < 1:
         raise ValueError(f"{num_iters=} must be at least 1; use 3 as the reference does")
-    highest = jax.lax.Precision.HIGHEST
     smallest = jnp.finfo(jnp.float32).tiny
     num_prototypes = prototypes.weight_v.shape[0]
 
     def run(rows, prototypes, temp):
         z, is_real = rows[0].reshape(-1, features.shape[-1]), rows[1].reshape(-1)
+        matrix = _Matrix(z, prototypes, temp, layout)
         share = jnp.maximum(layout.sum_rows(is_real.sum()), 1) / num_prototypes
-        row_max = _row_max(z, prototypes, layout)
-        shift = layout.max_rows(jnp.where(is_real, row_max, -jnp.inf).max())
+        floor = prototype_floor(share)
+        shift = layout.max_rows(jnp.where(is_real, matrix.row_max, -jnp.inf).max())
 
         def iterate(_, state):
-            v = state[0]
+            per_prototype = layout.sum_rows(matrix.sum_rows(state[0]))
+            u = share / jnp.maximum(per_prototype, floor)
+            per_row = layout.sum_prototypes(matrix.sum_prototypes(u))
+            per_row = jnp.maximum(per_row, smallest)
+            return jnp.where(is_real, 1.0 / per_row, 0.0), per_row, u
 
-            def step(per_row, block):
-                scaled = jnp.exp((block.logits(z) - row_max[:, None]) / temp)  # in (0, 1]
-                per_prototype = jnp.einsum("nk,n->k", scaled, v, precision=highest)
-                per_prototype = layout.sum_rows(per_prototype)
-                u = share / jnp.maximum(per_prototype, prototype_floor(share))
-                return per_row + jnp.einsum("nk,k->n", scaled, u, precision=highest), jnp.log(u)
-
-            per_row, log_u = layout.visit(step, jnp.zeros_like(row_max), prototypes)
-            per_row = jnp.maximum(layout.sum_prototypes(per_row), smallest)
-            return jnp.where(is_real, 1.0 / per_row, 0.0), per_row, log_u
-
-        v = jnp.where(is_real, jnp.exp((row_max - shift) / temp), 0.0)
+        v = jnp.where(is_real, jnp.exp((matrix.row_max - shift) / temp), 0.0)
         start = v, v, jnp.zeros(prototypes.weight_v.shape[0])
-        _, per_row, log_u = jax.lax.fori_loop(0, num_iters, iterate, start)
+        _, per_row, u = jax.lax.fori_loop(0, num_iters, iterate, start)
         shape = rows[1].shape
-        return (row_max.reshape(shape), jnp.log(per_row).reshape(shape)), log_u, ()
+        vectors = matrix.row_max.reshape(shape), jnp.log(per_row).reshape(shape)
+        return vectors, jnp.log(u), ()
 
     (row_max, log_sum), log_u, _ = layout.run(run, (features, is_real), prototypes, temp)
     return TargetRows(features, row_max, log_sum), TargetPrototypes(prototypes, log_u)
+
+
+class _Matrix:
+    """exp((logits - row_max) / temp) `[n, k]`, in (0, 1], which is never written down."""
+
+    def __init__(self, z: Array, prototypes: Prototypes, temp: ArrayLike, layout: Layout):
+        self._prototypes, self._temp, self._layout = prototypes, temp, layout
+        self._z, self._has_kernels = z, layout.has_kernels
+        if self._has_kernels:
+            self._z, self._weight = z.astype(prototypes.dtype), prototypes.weight
+            own_max = sinkhorn_pallas.largest_logits(self._z, self._weight)
+        else:
+            start = jnp.full(z.shape[0], -jnp.inf)
+            own_max, _ = layout.visit(
+                lambda row_max, block: (jnp.maximum(row_max, block.logits(z).max(axis=-1)), None),
+                start,
+                prototypes,
+            )
+        self.row_max = layout.max_prototypes(own_max)  # [n]
+
+    def _of(self, block: Prototypes) -> Array:
+        return jnp.exp((block.logits(self._z) - self.row_max[:, None]) / self._temp)
+
+    def sum_rows(self, v: Array) -> Array:
+        """Rows times `v [n]`, summed over those of this device: `[k]`."""
+        if self._has_kernels:
+            return sinkhorn_pallas.sum_rows(self._z, self._weight, self.row_max, v, self._temp)
+        highest = jax.lax.Precision.HIGHEST
+        _, sums = self._layout.visit(
+            lambda _, block: (None, jnp.einsum("nk,n->k", self._of(block), v, precision=highest)),
+            None,
+            self._prototypes,
+        )
+        return sums
+
+    def sum_prototypes(self, u: Array) -> Array:
+        """Prototypes times `u [k]`, summed over those of this device: `[n]`."""
+        if self._has_kernels:
+            return sinkhorn_pallas.sum_prototypes(
+                self._z, self._weight, self.row_max, u, self._temp
+            )
+
+        def step(sums, block):
+            prototypes, u = block
+            highest = jax.lax.Precision.HIGHEST
+            return sums + jnp.einsum("nk,k->n", self._of(prototypes), u, precision=highest), None
+
+        sums, _ = self._layout.visit(step, jnp.zeros_like(self.row_max), (self._prototypes, u))
+        return sums
 
 
 def softmax_center(
@@ -178,13 +222,3 @@ def target_statistics(
 
     (entropy, best_index), _, _ = layout.run(run, rows, shared, temp)
     return entropy, best_index
-
-
-def _row_max(z: Array, prototypes: Prototypes, layout: Layout) -> Array:
-    """The largest logit of each row `[n]`."""
-
-    def step(row_max, block):
-        return jnp.maximum(row_max, block.logits(z).max(axis=-1)), None
-
-    start = jnp.full(z.shape[0], -jnp.inf)
-    return layout.max_prototypes(layout.visit(step, start, prototypes)[0])

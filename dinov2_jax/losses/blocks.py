@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from dinov2_jax.models.heads import cosine_logits, weight_norm
 from dinov2_jax.sharding import BATCH_AXES
 
 # Numbers in the largest array of one block on one device, its logits or its weights: 8 MiB in
@@ -25,22 +24,33 @@ NUMBERS_PER_BLOCK = 2**21
 
 @flax.struct.dataclass
 class Prototypes:
-    """Prototypes, or a block of them, as the head's last layer stores them."""
+    """Prototypes, or a block of them, as the head's last layer stores them.
 
-    weight_v: Array  # [k, d]
-    weight_g: Array  # [k, 1]
+    Their scale is known beforehand: no visit sums over the directions again.
+    """
+
+    weight_v: Array  # directions [k, d], of any length
+    scale: Array  # [k, 1], see `models.heads.weight_scale`
     dtype: jnp.dtype = flax.struct.field(pytree_node=False, default=jnp.dtype(jnp.float32))
+
+    @property
+    def weight(self) -> Array:
+        """The vectors themselves, `[k, d]` in the compute type."""
+        return (self.weight_v * self.scale).astype(self.dtype)
 
     def logits(self, features: Array) -> Array:
         """`[..., d]` to float32 `[..., k]`."""
-        return cosine_logits(features, self.weight_v, self.weight_g, dtype=self.dtype)
+        return jnp.einsum(
+            "...d,kd->...k",
+            features.astype(self.dtype),
+            self.weight,
+            preferred_element_type=jnp.float32,
+        )
 
     def mean_logits(self, features: Array) -> Array:
         """The mean of the logits of rows that average to `features [d]`, float32 `[k]`."""
-        weight = weight_norm(self.weight_v, self.weight_g).astype(self.dtype)
-        return jnp.einsum(
-            "d,kd->k", features, weight.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-        )
+        weight = self.weight.astype(jnp.float32)
+        return jnp.einsum("d,kd->k", features, weight, precision=jax.lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +61,13 @@ class Layout:
       num_blocks: that a device's own prototypes are visited in.
       row_axes: mesh axes that the rows' leading axis is cut over.
       prototype_axes: mesh axes that the prototypes are cut over.
+      has_kernels: whether Pallas kernels make the passes that there are some for, not `visit`.
     """
 
     num_blocks: int
     row_axes: tuple[str, ...] = ()
     prototype_axes: tuple[str, ...] = ()
+    has_kernels: bool = False
 
     def run(self, function: Callable, rows, prototypes, scalars=()):
         """`function(rows, prototypes, scalars)` on each device's part of them.
@@ -105,7 +117,12 @@ class Layout:
 
 
 def choose_layout(
-    row_shape: tuple[int, ...], num_prototypes: int, *, width: int, block_size: int = 0
+    row_shape: tuple[int, ...],
+    num_prototypes: int,
+    *,
+    width: int,
+    block_size: int = 0,
+    has_kernels: bool = False,
 ) -> Layout:
     """The layout of a pass, from shapes and the mesh in use.
 
@@ -119,6 +136,7 @@ def choose_layout(
       block_size: prototypes of a block on one device; 0: such that a block's logits, or its
         weights if they are more, are about `NUMBERS_PER_BLOCK`. The divisor of the device's
         prototypes that is nearest to it is taken: all of them, if their number is prime.
+      has_kernels: see `Layout`.
     """
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
 
@@ -138,7 +156,8 @@ def choose_layout(
             row_axes, prototype_axes = fewer, more
     num_local = local(num_prototypes, prototype_axes)
     wished = block_size or NUMBERS_PER_BLOCK / max(local(rows, row_axes), width)
-    return Layout(num_local // nearest_divisor(num_local, wished), row_axes, prototype_axes)
+    num_blocks = num_local // nearest_divisor(num_local, wished)
+    return Layout(num_blocks, row_axes, prototype_axes, has_kernels)
 
 
 def nearest_divisor(number: int, wished: float) -> int:

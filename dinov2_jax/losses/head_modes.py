@@ -18,7 +18,7 @@ from dinov2_jax.losses.block_cross_entropy import block_cross_entropy
 from dinov2_jax.losses.blocks import Layout, Prototypes, choose_layout
 from dinov2_jax.losses.centering import sinkhorn_knopp, softmax_center, update_center
 from dinov2_jax.losses.ibot import ibot_loss, mean_over_masked
-from dinov2_jax.models.heads import Head
+from dinov2_jax.models.heads import Head, weight_scale
 from dinov2_jax.sharding import shard_rows
 
 
@@ -151,9 +151,12 @@ class BlockHeads:
 
     Attributes:
       block_size: prototypes of a block on one device; 0: `blocks.choose_layout` decides.
+      has_kernels: whether Pallas kernels for TPU make the passes that there are some for:
+        Sinkhorn-Knopp, and the iBOT loss.
     """
 
     block_size: int = 0
+    has_kernels: bool = False
 
     def rows(self, head, features):
         return head.bottleneck(features)
@@ -219,13 +222,17 @@ class BlockHeads:
         )
 
     def ibot_loss(self, head, features, target, mask_weights, *, num_crops, student_temp):
-        loss, _ = self._cross_entropy(head, features, target, student_temp, lambda probs: probs)
+        loss, _ = self._cross_entropy(head, features, target, student_temp, None)
         return mean_over_masked(loss, mask_weights, num_crops=num_crops)
 
     def _layout(self, head: Head, features: Array) -> Layout:
         *row_shape, width = features.shape
         return choose_layout(
-            tuple(row_shape), head.num_prototypes, width=width, block_size=self.block_size
+            tuple(row_shape),
+            head.num_prototypes,
+            width=width,
+            block_size=self.block_size,
+            has_kernels=self.has_kernels,
         )
 
     def _cross_entropy(self, head, features, target, student_temp, assign):
@@ -242,7 +249,7 @@ class BlockHeads:
         )
 
 
-# On a CPU dense heads are faster, so blocks are for what would not fit; on a TPU blocks win in
+# On a CPU dense heads are faster, so blocks are for what would not fit; on a TPU kernels win in
 # both. docs/performance.md, "Prototype losses", has the measurements.
 MAX_DENSE_BYTES = 2 * 2**30
 
@@ -250,24 +257,30 @@ MAX_DENSE_BYTES = 2 * 2**30
 def choose_head_mode(
     heads: str, *, platform: str, logit_bytes: int, block_size: int = 0
 ) -> HeadMode:
-    """The mode that `heads` ("auto", "dense" or "blocks") means.
+    """The mode that `heads` ("auto", "dense", "blocks" or "pallas") means.
 
     Args:
-      heads: "auto" is blocks on a TPU, and wherever dense heads take above `MAX_DENSE_BYTES`.
+      heads: "pallas" is blocks by kernels; "auto" is that on a TPU, and blocks wherever else dense
+        heads take above `MAX_DENSE_BYTES`.
       platform: of the devices, such as "cpu" or "tpu".
       logit_bytes: what dense heads would take on one device.
       block_size: of `BlockHeads`.
+
+    Raises:
+      ValueError: kernels for another platform than a TPU.
     """
     if heads == "auto":
         is_large = logit_bytes > MAX_DENSE_BYTES
-        heads = "blocks" if platform == "tpu" or is_large else "dense"
-    return BlockHeads(block_size) if heads == "blocks" else DenseHeads()
+        heads = "pallas" if platform == "tpu" else "blocks" if is_large else "dense"
+    if heads == "pallas" and platform != "tpu":
+        raise ValueError(f"heads='pallas' needs a TPU, not {platform}; use 'auto' or 'blocks'")
+    return DenseHeads() if heads == "dense" else BlockHeads(block_size, heads == "pallas")
 
 
 def _prototypes(head: Head) -> Prototypes:
-    """The last layer's parameters, as they are stored."""
-    last_layer = head.params["last_layer"]
-    return Prototypes(last_layer["weight_v"], last_layer["weight_g"], jnp.dtype(head.module.dtype))
+    """The last layer's parameters, as they are stored, and their scale."""
+    weight_v, weight_g = (head.params["last_layer"][name] for name in ("weight_v", "weight_g"))
+    return Prototypes(weight_v, weight_scale(weight_v, weight_g), jnp.dtype(head.module.dtype))
 
 
 def _group_mean_weights(is_real: Array) -> Array:

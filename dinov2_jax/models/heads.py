@@ -109,8 +109,12 @@ class WeightNormDense(nn.Module):
 
 def weight_norm(weight_v: jax.Array, weight_g: jax.Array) -> jax.Array:
     """Directions `[k, d]` of any length and lengths `[k, 1]` to vectors `[k, d]`."""
-    norm = jnp.sqrt(jnp.sum(weight_v**2, axis=-1, keepdims=True))
-    return weight_v * (weight_g / norm)
+    return weight_v * weight_scale(weight_v, weight_g)
+
+
+def weight_scale(weight_v: jax.Array, weight_g: jax.Array) -> jax.Array:
+    """The factors `[k, 1]` that bring directions `[k, d]` to their lengths `[k, 1]`."""
+    return weight_g / jnp.sqrt(jnp.sum(weight_v**2, axis=-1, keepdims=True))
 
 
 def cosine_logits(

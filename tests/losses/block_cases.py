@@ -5,6 +5,7 @@ import numpy as np
 
 from dinov2_jax.losses import centering
 from dinov2_jax.losses.blocks import Prototypes
+from dinov2_jax.models.heads import weight_scale
 
 TEMP = 0.05
 
@@ -18,7 +19,12 @@ def draw_prototypes(rng: np.random.Generator, k: int, d: int, *, dtype=jnp.float
     """Directions of any length, and lengths away from their initial 1."""
     weight_v = rng.standard_normal((k, d)).astype(np.float32)
     weight_g = rng.uniform(0.5, 1.5, (k, 1)).astype(np.float32)
-    return Prototypes(weight_v, weight_g, jnp.dtype(dtype))
+    return make_prototypes(weight_v, weight_g, dtype=dtype)
+
+
+def make_prototypes(weight_v, weight_g, *, dtype=jnp.float32) -> Prototypes:
+    scale = np.array(weight_scale(weight_v, weight_g))
+    return Prototypes(weight_v, scale, jnp.dtype(dtype))
 
 
 def dense_targets(kind: str, logits, *, center, is_real, temp=TEMP):

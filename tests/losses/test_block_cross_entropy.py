@@ -1,4 +1,7 @@
-"""Cross-entropy in blocks: value, both gradients, memory, and the same on eight devices."""
+"""Cross-entropy in blocks: value, gradients, memory, and the same by kernels and on eight devices.
+
+Kernels are interpreted here; tests/losses/test_prototype_kernels.py compiles them for TPUs.
+"""
 
 import functools
 import re
@@ -12,17 +15,21 @@ from dinov2_jax.losses import block_targets, dino
 from dinov2_jax.losses.block_cross_entropy import block_cross_entropy
 from dinov2_jax.losses.blocks import Layout, Prototypes, choose_layout
 from dinov2_jax.losses.cross_entropy import cross_entropy
-from dinov2_jax.models.heads import cosine_logits, weight_norm
+from dinov2_jax.models.heads import cosine_logits
 from dinov2_jax.sharding import make_mesh
-from tests.losses.block_cases import TEMP, dense_targets, draw_prototypes, unit_vectors
+from tests.losses.block_cases import (
+    TEMP,
+    dense_targets,
+    draw_prototypes,
+    make_prototypes,
+    unit_vectors,
+)
 
 STUDENT_TEMP = 0.1
 TOLERANCE = 1e-5  # float32 sums in another order: of the largest entry, for gradients
 
 
-def same(probs):
-    """iBOT: a student's row has its own target."""
-    return probs
+same = None  # iBOT: a student's row has its own target
 
 
 def to_crops(probs):
@@ -50,14 +57,18 @@ def draw(seed=0, *, row_shape, k, dtype=jnp.float32, assign=same, width=8):
 def dense_loss(student, prototypes, case, *, kind, assign, logits=Prototypes.logits):
     teacher_logits = case["teacher_prototypes"].logits(case["teacher"])
     probs = dense_targets(kind, teacher_logits, center=case["center"], is_real=case["is_real"])
-    loss = cross_entropy(logits(prototypes, student), assign(probs), STUDENT_TEMP)
+    loss = cross_entropy(
+        logits(prototypes, student), assign(probs) if assign else probs, STUDENT_TEMP
+    )
     return (case["weights"] * loss).sum()
 
 
-def block_loss(student, prototypes, case, *, kind, assign, block_size=4):
+def block_loss(student, prototypes, case, *, kind, assign, block_size=4, has_kernels=False):
     teacher, teacher_prototypes = case["teacher"], case["teacher_prototypes"]
     k, width = prototypes.weight_v.shape
-    layout = choose_layout(teacher.shape[:-1], k, width=width, block_size=block_size)
+    layout = choose_layout(
+        teacher.shape[:-1], k, width=width, block_size=block_size, has_kernels=has_kernels
+    )
     if kind == "softmax_center":
         targets = block_targets.softmax_center(
             teacher, teacher_prototypes, case["center"], TEMP, layout=layout
@@ -82,13 +93,12 @@ def value_and_grads(function, case, **settings):
 
 def assert_same(got, want, tolerance=TOLERANCE):
     np.testing.assert_allclose(got[0], want[0], rtol=tolerance)
-    for name, left, right in zip(
-        ("features", "weight_v", "weight_g"), got[1], want[1], strict=True
-    ):
+    for name, left, right in zip(("features", "weight_v", "scale"), got[1], want[1], strict=True):
         scale = np.abs(right).max()
         np.testing.assert_allclose(left, right, rtol=0, atol=tolerance * scale, err_msg=name)
 
 
+@pytest.mark.parametrize("has_kernels", [False, True], ids=["blocks", "kernels"])
 @pytest.mark.parametrize("kind", ["sinkhorn_knopp", "softmax_center"])
 @pytest.mark.parametrize(
     ("assign", "row_shape", "k"),
@@ -99,31 +109,34 @@ def assert_same(got, want, tolerance=TOLERANCE):
         (to_crops, (2, 2, 3), 24),
     ],
 )
-def test_value_and_gradients_are_the_dense_ones(kind, assign, row_shape, k):
+def test_value_and_gradients_are_the_dense_ones(kind, assign, row_shape, k, has_kernels):
     case = draw(row_shape=row_shape, k=k, assign=assign)
     settings = dict(kind=kind, assign=assign)
     assert_same(
-        value_and_grads(block_loss, case, **settings),
+        value_and_grads(block_loss, case, has_kernels=has_kernels, **settings),
         value_and_grads(dense_loss, case, **settings),
     )
 
 
-def test_padding_rows_have_no_gradient():
+@pytest.mark.parametrize("has_kernels", [False, True], ids=["blocks", "kernels"])
+def test_padding_rows_have_no_gradient(has_kernels):
     case = draw(row_shape=(2, 9), k=12)
-    _, grads = value_and_grads(block_loss, case, kind="sinkhorn_knopp", assign=same)
+    settings = dict(kind="sinkhorn_knopp", assign=same, has_kernels=has_kernels)
+    _, grads = value_and_grads(block_loss, case, **settings)
     is_zero = np.abs(grads[0]).max(axis=-1) == 0
     np.testing.assert_array_equal(is_zero, ~case["is_real"])
 
 
-def test_an_unused_prototype_and_large_logits():
+@pytest.mark.parametrize("has_kernels", [False, True], ids=["blocks", "kernels"])
+def test_an_unused_prototype_and_large_logits(has_kernels):
     case = draw(row_shape=(2, 9), k=12)
     # Opposite to all rows, 80 / 0.05 temperatures below their best: exp is 0 for every row.
     case["teacher"] = np.abs(case["teacher"])
     case["teacher_prototypes"].weight_v[4] = -1.0
-    case["teacher_prototypes"].weight_g[4] = 80.0
-    case["student_prototypes"].weight_g[:] *= 40.0
+    case["teacher_prototypes"].scale[4] = 80.0 / np.sqrt(8)
+    case["student_prototypes"].scale[:] *= 40.0
     settings = dict(kind="sinkhorn_knopp", assign=same)
-    got = value_and_grads(block_loss, case, **settings)
+    got = value_and_grads(block_loss, case, has_kernels=has_kernels, **settings)
     assert_same(got, value_and_grads(dense_loss, case, **settings))
 
 
@@ -138,7 +151,7 @@ rounded.defjvps(lambda tangent, _, x: tangent)
 
 def rounded_logits(prototypes, features):
     """What a bfloat16 product with float32 sums means, with gradients that are not rounded."""
-    weight = rounded(weight_norm(prototypes.weight_v, prototypes.weight_g))
+    weight = rounded(prototypes.weight_v * prototypes.scale)
     return jnp.einsum("...d,kd->...k", rounded(features), weight)
 
 
@@ -152,6 +165,10 @@ def test_bfloat16_products_keep_float32_sums_and_gradients():
     dense = value_and_grads(dense_loss, case, **settings)
     np.testing.assert_allclose(got[0], dense[0], rtol=TOLERANCE)
     assert_same((dense[0], got[1]), dense, tolerance=2**-8)
+    # The kernels round what those are made of, once.
+    by_kernels = value_and_grads(block_loss, case, has_kernels=True, **settings)
+    np.testing.assert_allclose(by_kernels[0], dense[0], rtol=TOLERANCE)
+    assert_same((got[0], by_kernels[1]), got, tolerance=2**-8)
 
 
 def test_entropy_is_that_of_the_student():
@@ -217,12 +234,14 @@ def test_memory_does_not_grow_with_the_prototypes():
     [dict(data=8), dict(data=2, fsdp=2, model=2), dict(data=1, fsdp=1, model=8)],
     ids=str,
 )
-def test_eight_devices_are_one(kind, assign, row_shape, k, axes):
+@pytest.mark.parametrize("has_kernels", [False, True], ids=["blocks", "kernels"])
+def test_eight_devices_are_one(kind, assign, row_shape, k, axes, has_kernels):
     case = draw(row_shape=row_shape, k=k, assign=assign)
     settings = dict(kind=kind, assign=assign)
     want = value_and_grads(dense_loss, case, **settings)
     with jax.set_mesh(make_mesh(**axes)):
-        assert_same(value_and_grads(block_loss, case, **settings), want)
+        got = value_and_grads(block_loss, case, has_kernels=has_kernels, **settings)
+    assert_same(got, want)
 
 
 def collectives(program: str) -> list[tuple[str, int]]:
@@ -261,10 +280,10 @@ def test_prototypes_stay_where_they_are():
     assert max([np.prod([int(n) for n in s.split(",")]) for s in copies], default=0) < local
 
 
-def test_cosine_logits_of_prototypes_are_the_heads():
-    case = draw(row_shape=(2, 5), k=12)
-    prototypes = case["student_prototypes"]
-    want = cosine_logits(
-        case["student"], prototypes.weight_v, prototypes.weight_g, dtype=jnp.float32
-    )
-    np.testing.assert_array_equal(prototypes.logits(case["student"]), want)
+def test_logits_of_prototypes_are_the_heads():
+    rng = np.random.default_rng(0)
+    features, weight_v = unit_vectors(rng, 2, 5, 8), rng.normal(size=(12, 8)).astype(np.float32)
+    weight_g = rng.uniform(0.5, 1.5, (12, 1)).astype(np.float32)
+    want = cosine_logits(features, weight_v, weight_g, dtype=jnp.float32)
+    got = make_prototypes(weight_v, weight_g).logits(features)
+    np.testing.assert_array_equal(got, want)

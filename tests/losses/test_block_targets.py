@@ -14,21 +14,24 @@ from tests.losses.block_cases import TEMP, dense_targets, draw_prototypes, unit_
 TOLERANCE = 1e-5  # as in test_centering
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "num_blocks", "num_iters"))
-def block_probs(features, prototypes, center, is_real, temp, *, kind, num_blocks, num_iters=3):
-    layout = Layout(num_blocks)
+@functools.partial(jax.jit, static_argnames=("kind", "num_blocks", "has_kernels"))
+def block_probs(
+    features, prototypes, center, is_real, temp, *, kind, num_blocks, has_kernels=False
+):
+    layout = Layout(num_blocks, has_kernels=has_kernels)
     if kind == "softmax_center":
         rows, shared = block_targets.softmax_center(
             features, prototypes, center, temp, layout=layout
         )
     else:
         rows, shared = block_targets.sinkhorn_knopp(
-            features, prototypes, temp, is_real=is_real, num_iters=num_iters, layout=layout
+            features, prototypes, temp, is_real=is_real, num_iters=3, layout=layout
         )
     statistics = block_targets.target_statistics(rows, shared, temp, layout=layout)
     return jnp.exp(shared.log_probs(rows, temp)), statistics
 
 
+@pytest.mark.parametrize("has_kernels", [False, True], ids=["blocks", "kernels"])
 @pytest.mark.parametrize("kind", ["sinkhorn_knopp", "softmax_center"])
 @pytest.mark.parametrize(
     ("n", "k", "num_blocks", "dtype"),
@@ -40,7 +43,7 @@ def block_probs(features, prototypes, center, is_real, temp, *, kind, num_blocks
         (4, 1, 1, jnp.float32),
     ],
 )
-def test_targets_and_their_statistics(kind, n, k, num_blocks, dtype):
+def test_targets_and_their_statistics(kind, n, k, num_blocks, dtype, has_kernels):
     rng = np.random.default_rng(0)
     features, prototypes = unit_vectors(rng, 2, n, 9), draw_prototypes(rng, k, 9, dtype=dtype)
     center = rng.uniform(-0.3, 0.3, k).astype(np.float32)
@@ -48,23 +51,34 @@ def test_targets_and_their_statistics(kind, n, k, num_blocks, dtype):
     logits = prototypes.logits(features)
     want = dense_targets(kind, logits, center=center, is_real=is_real)
     got, (entropy, best) = block_probs(
-        features, prototypes, center, is_real, TEMP, kind=kind, num_blocks=num_blocks
+        features,
+        prototypes,
+        center,
+        is_real,
+        TEMP,
+        kind=kind,
+        num_blocks=num_blocks,
+        has_kernels=has_kernels,
     )
     np.testing.assert_allclose(got, want, rtol=TOLERANCE, atol=1e-12)
     mean = diagnostics.share_of_log_k(entropy.mean(), k)
     flat = want.reshape(-1, k)
     np.testing.assert_allclose(mean, diagnostics.entropy_over_log_k(flat), rtol=1e-5, atol=1e-7)
-    np.testing.assert_array_equal(best, want.argmax(axis=-1))
+    of_best = np.take_along_axis(np.asarray(want), np.asarray(best)[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(of_best, want.max(axis=-1), rtol=TOLERANCE)
+    if not has_kernels:  # whose powers of two break ties of two rows otherwise
+        np.testing.assert_array_equal(best, want.argmax(axis=-1))
 
 
-def test_padding_rows_change_nothing():
+@pytest.mark.parametrize("has_kernels", [False, True], ids=["blocks", "kernels"])
+def test_padding_rows_change_nothing(has_kernels):
     rng = np.random.default_rng(1)
     prototypes = draw_prototypes(rng, 12, 9)
     features = unit_vectors(rng, 7, 9)
     is_real = np.array([1, 0, 1, 1, 0, 1, 1], bool)
     # Padding repeats a token in a batch; here it lies far beyond the others, to be noticed.
     features[~is_real] *= 30
-    args = dict(kind="sinkhorn_knopp", num_blocks=3)
+    args = dict(kind="sinkhorn_knopp", num_blocks=3, has_kernels=has_kernels)
     padded, _ = block_probs(features, prototypes, None, is_real, TEMP, **args)
     alone, _ = block_probs(features[is_real], prototypes, None, np.ones(5, bool), TEMP, **args)
     np.testing.assert_allclose(padded[is_real], alone, rtol=TOLERANCE, atol=1e-12)
@@ -73,7 +87,8 @@ def test_padding_rows_change_nothing():
     assert np.isfinite(none).all()
 
 
-def test_unused_prototypes_and_any_logits():
+@pytest.mark.parametrize("has_kernels", [False, True], ids=["blocks", "kernels"])
+def test_unused_prototypes_and_any_logits(has_kernels):
     """The identity as prototypes: the rows are their own logits, exactly, in both forms."""
     base = np.random.default_rng(2).uniform(-1, 1, (16, 8)).astype(np.float32)
     unused = np.where(np.arange(8) == 3, -50, base).astype(np.float32)
@@ -81,7 +96,14 @@ def test_unused_prototypes_and_any_logits():
     identity = Prototypes(np.eye(8, dtype=np.float32), np.ones((8, 1), np.float32))
     for logits in (base, unused, base * 300, apart):
         got, (entropy, _) = block_probs(
-            logits, identity, None, np.ones(16, bool), 0.04, kind="sinkhorn_knopp", num_blocks=4
+            logits,
+            identity,
+            None,
+            np.ones(16, bool),
+            0.04,
+            kind="sinkhorn_knopp",
+            num_blocks=4,
+            has_kernels=has_kernels,
         )
         want = centering.sinkhorn_knopp(logits, 0.04)
         np.testing.assert_allclose(got, want, rtol=TOLERANCE, atol=1e-9)

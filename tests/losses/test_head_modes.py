@@ -74,10 +74,11 @@ def three_steps(heads, *, losses, separate_head=True, num_local=3, num_micro_bat
     return history, state
 
 
+@pytest.mark.parametrize("has_kernels", [False, True], ids=["blocks", "kernels"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_blocks_step_as_dense_heads_do(case):
-    # Four blocks of the 16 prototypes.
-    history, state = three_steps(BlockHeads(block_size=4), **case)
+def test_blocks_step_as_dense_heads_do(case, has_kernels):
+    # Four blocks of the 16 prototypes; kernels are interpreted.
+    history, state = three_steps(BlockHeads(block_size=4, has_kernels=has_kernels), **case)
     dense_history, dense_state = three_steps(DenseHeads(), **{**case, "num_micro_batches": 1})
     for step, (got, want) in enumerate(zip(history, dense_history, strict=True)):
         assert got.keys() == want.keys()
@@ -95,7 +96,9 @@ def test_blocks_step_as_dense_heads_do(case):
         ("auto", "cpu", head_modes.MAX_DENSE_BYTES, DenseHeads()),
         ("auto", "cpu", head_modes.MAX_DENSE_BYTES + 1, BlockHeads(8)),
         ("auto", "gpu", 0, DenseHeads()),
-        ("auto", "tpu", 0, BlockHeads(8)),
+        ("auto", "tpu", 0, BlockHeads(8, has_kernels=True)),
+        ("pallas", "tpu", 0, BlockHeads(8, has_kernels=True)),
+        ("blocks", "tpu", 0, BlockHeads(8)),
         ("dense", "tpu", 2**40, DenseHeads()),
         ("blocks", "cpu", 0, BlockHeads(8)),
     ],
@@ -105,3 +108,9 @@ def test_the_choice(heads, platform, logit_bytes, expected):
         heads, platform=platform, logit_bytes=logit_bytes, block_size=8
     )
     assert got == expected
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_kernels_need_a_tpu(platform):
+    with pytest.raises(ValueError, match=f"heads='pallas' needs a TPU, not {platform}; use 'auto'"):
+        head_modes.choose_head_mode("pallas", platform=platform, logit_bytes=0)

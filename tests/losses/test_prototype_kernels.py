@@ -1,0 +1,118 @@
+"""The prototypes' kernels for TPU: compiled for several chips, and against their formulas by tiles.
+
+That losses and gradients by kernels are the dense ones: test_block_cross_entropy.py, interpreted.
+"""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dinov2_jax.cost.topology import open_topology
+from dinov2_jax.losses import cross_entropy_pallas, pallas_tiles, sinkhorn_pallas
+from dinov2_jax.losses.head_modes import BlockHeads
+from dinov2_jax.models.heads import DINOHead, Head
+from dinov2_jax.sharding import BATCH_AXES, make_mesh
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(params=[(5, 7), (128, 384), (1030, 700)], ids=str)
+def case(request):
+    """One tile, whole tiles, and several tiles with padding in each direction."""
+    n, k = request.param
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    return dict(rows=draw(n, 16), weight=draw(k, 16), v=np.abs(draw(n)), u=np.abs(draw(k)))
+
+
+def test_sums_over_rows_and_over_prototypes(case):
+    rows, weight, v, u = case.values()
+    logits = np.float64(rows) @ np.float64(weight).T
+    row_max = sinkhorn_pallas.largest_logits(rows, weight)
+    np.testing.assert_allclose(row_max, logits.max(axis=1), rtol=TOLERANCE, atol=TOLERANCE)
+    matrix = np.exp((logits - np.float64(row_max)[:, None]) / 0.5)
+    got = sinkhorn_pallas.sum_rows(rows, weight, row_max, v, 0.5)
+    np.testing.assert_allclose(got, v @ matrix, rtol=2 * TOLERANCE)
+    got = sinkhorn_pallas.sum_prototypes(rows, weight, row_max, u, 0.5)
+    np.testing.assert_allclose(got, matrix @ u, rtol=2 * TOLERANCE)
+
+
+def test_padding_adds_nothing_wherever_logits_lie(case):
+    """All logits are -1e4, and so is the rows' shift: what padding's 0 is above it, exp(1e4)."""
+    rows, weight, v, u = case.values()
+    rows, weight = np.zeros_like(rows), np.zeros_like(weight)
+    rows[:, 0], weight[:, 0] = 1e4, -1
+    low = jnp.full(len(v), -1e4)
+    np.testing.assert_array_equal(sinkhorn_pallas.largest_logits(rows, weight), low)
+    got = sinkhorn_pallas.sum_prototypes(rows, weight, low, u, 1.0)
+    np.testing.assert_allclose(got, np.full(len(v), u.sum()), rtol=TOLERANCE)
+    got = sinkhorn_pallas.sum_rows(rows, weight, low, v, 1.0)
+    np.testing.assert_allclose(got, np.full(len(u), v.sum()), rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("multiple", [1, 2])
+@pytest.mark.parametrize("size", [1, 128, 511, 513, 2450, 65_536])
+def test_tiles_cover_with_little_padding(size, multiple):
+    padded, tile = pallas_tiles.tiles(size, multiple=multiple)
+    assert padded % tile == tile % pallas_tiles.LANES == 0
+    assert padded >= size
+    assert tile <= pallas_tiles.TILE
+    assert (padded // tile) % multiple == 0 or padded == tile
+    assert padded - size < multiple * pallas_tiles.TILE
+
+
+def test_many_rows_do_not_fit_the_smallest_chip(monkeypatch):
+    chip = type("Chip", (), {"vmem_capacity_bytes": 16 * 2**20})
+    monkeypatch.setattr(cross_entropy_pallas.pltpu, "is_tpu_device", lambda: True)
+    monkeypatch.setattr(cross_entropy_pallas.pltpu, "get_tpu_info", lambda: chip)
+    assert cross_entropy_pallas.fits(1000, 256)
+    assert not cross_entropy_pallas.fits(10_000, 256)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="THE KERNELS ARE NOT COMPILED FOR TPU: pip install 'dinov2_jax[tpu]'",
+)
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_compiles_for_tpus(topology):
+    """Targets, the iBOT loss and its gradients on four chips: five kernels, nothing [rows, k]."""
+    mesh = make_mesh(data=2, model=2, devices=open_topology(topology).devices)
+    k, heads = 4096, BlockHeads(has_kernels=True)
+    module = DINOHead(num_prototypes=k, bottleneck_dim=256, num_layers=1, dtype=jnp.bfloat16)
+
+    def run(student, teacher, features):
+        head = Head(module, teacher)
+        target, _ = heads.targets(
+            head,
+            heads.rows(head, features),
+            is_real=jnp.ones(features.shape[:-1], bool),
+            center=jnp.zeros(k),
+            temp=0.07,
+            centering="sinkhorn_knopp",
+            num_sinkhorn_iters=3,
+            center_momentum=0.9,
+        )
+        weights = jnp.ones(features.shape[:-1])
+        loss = functools.partial(heads.ibot_loss, num_crops=1, student_temp=0.1)
+        return jax.grad(lambda params: loss(Head(module, params), features, target, weights))(
+            student
+        )
+
+    def place(x, spec):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    def init():
+        return module.init(jax.random.key(0), jnp.zeros((1, 64)))["params"]
+
+    params = jax.tree.map(lambda x: place(x, PartitionSpec()), jax.eval_shape(init))
+    rows = jax.ShapeDtypeStruct((2, 600, 64), jnp.float32)
+    with jax.set_mesh(mesh):
+        features = place(rows, PartitionSpec(BATCH_AXES))
+        text = jax.jit(run).lower(params, params, features).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 5
+    assert f"[600,{k // 2}]" not in text
