@@ -38,7 +38,8 @@ def block_cross_entropy(
         linear, prototype by prototype, and within the groups of the leading axis. None: each
         student row has the target of the same row.
       features: of the student's head `[..., d]`.
-      prototypes: the student's; gradients flow to them and to the features, and nowhere else.
+      prototypes: the student's; gradients flow to them, through their norms too, and to the
+        features, and nowhere else.
       target_rows, target_prototypes: from `block_targets`.
       temps: of student and teacher, > 0.
 
@@ -156,14 +157,8 @@ def _backward(layout, assign, residuals, cotangents):
 
     rows = features, target_rows, kept, cotangents[0]
     grad_features, grads, _ = layout.run(run, rows, (prototypes, target_prototypes), temps)
-    grad_prototypes = prototypes.replace(weight_v=grads[0], scale=grads[1])
+    grad_prototypes = prototypes.replace(weight_v=grads[0], weight_g=grads[1], norms=None)
     return grad_features.astype(features.dtype), grad_prototypes, None, None, None
-
-
-def _to_parameters(prototypes: Prototypes, grad_weight: Array) -> tuple[Array, Array]:
-    """From the gradient for the vectors `[k, d]` to those for directions and scale."""
-    grad_scale = (grad_weight * prototypes.weight_v).sum(axis=-1, keepdims=True)
-    return grad_weight * prototypes.scale, grad_scale
 
 
 def _gradients_by_blocks(
@@ -190,7 +185,7 @@ def _gradients_by_blocks(
         grad_features += jnp.einsum(
             "...k,kd->...d", slope, weight, preferred_element_type=jnp.float32
         )
-        return grad_features, _to_parameters(prototypes, grad_weight)
+        return grad_features, prototypes.to_parameters(grad_weight)
 
     return layout.visit(step, jnp.zeros(features.shape), (prototypes, targets))
 
@@ -206,7 +201,7 @@ def _gradients_by_kernel(
         mass=mass,
         cotangent=cotangent.reshape(-1),
     )
-    return grad_features.reshape(features.shape), _to_parameters(prototypes, grad_weight)
+    return grad_features.reshape(features.shape), prototypes.to_parameters(grad_weight)
 
 
 block_cross_entropy.defvjp(_forward, _backward)

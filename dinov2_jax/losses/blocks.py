@@ -24,19 +24,26 @@ NUMBERS_PER_BLOCK = 2**21
 
 @flax.struct.dataclass
 class Prototypes:
-    """Prototypes, or a block of them, as the head's last layer stores them.
+    """Prototypes, or a block of them, as the head's last layer stores them, and their norms.
 
-    Their scale is known beforehand: no visit sums over the directions again.
+    These are known beforehand, so that no visit sums over the directions again.
     """
 
-    weight_v: Array  # directions [k, d], of any length
-    scale: Array  # [k, 1], see `models.heads.weight_scale`
+    weight_v: Array  # directions [k, d]
+    weight_g: Array  # lengths [k, 1]
+    norms: Array  # of the directions, [k, 1]
     dtype: jnp.dtype = flax.struct.field(pytree_node=False, default=jnp.dtype(jnp.float32))
 
     @property
     def weight(self) -> Array:
         """The vectors themselves, `[k, d]` in the compute type."""
-        return (self.weight_v * self.scale).astype(self.dtype)
+        return (self.weight_v * (self.weight_g / self.norms)).astype(self.dtype)
+
+    def to_parameters(self, grad_weight: Array) -> tuple[Array, Array]:
+        """From the gradient for the vectors `[k, d]` to those for directions and lengths."""
+        per_length = (grad_weight * self.weight_v).sum(axis=-1, keepdims=True) / self.norms
+        along = self.weight_v * (per_length / self.norms)  # what the norm takes out
+        return (grad_weight - along) * (self.weight_g / self.norms), per_length
 
     def logits(self, features: Array) -> Array:
         """`[..., d]` to float32 `[..., k]`."""

@@ -18,7 +18,7 @@ from dinov2_jax.losses.block_cross_entropy import block_cross_entropy
 from dinov2_jax.losses.blocks import Layout, Prototypes, choose_layout
 from dinov2_jax.losses.centering import sinkhorn_knopp, softmax_center, update_center
 from dinov2_jax.losses.ibot import ibot_loss, mean_over_masked
-from dinov2_jax.models.heads import Head, weight_scale
+from dinov2_jax.models.heads import Head, row_norms
 from dinov2_jax.sharding import shard_rows
 
 
@@ -278,9 +278,9 @@ def choose_head_mode(
 
 
 def _prototypes(head: Head) -> Prototypes:
-    """The last layer's parameters, as they are stored, and their scale."""
+    """The last layer's parameters, as they are stored, and their norms."""
     weight_v, weight_g = (head.params["last_layer"][name] for name in ("weight_v", "weight_g"))
-    return Prototypes(weight_v, weight_scale(weight_v, weight_g), jnp.dtype(head.module.dtype))
+    return Prototypes(weight_v, weight_g, row_norms(weight_v), jnp.dtype(head.module.dtype))
 
 
 def _group_mean_weights(is_real: Array) -> Array:

@@ -80,13 +80,14 @@ class Attention(nn.Module):
                 f"embed_dim={d} must be a multiple of num_heads={self.num_heads}; "
                 "the released models have heads of width 64"
             )
-        qkv = TokenDense(3 * d, dtype=self.dtype, name="qkv")(x)
-        is_fused = self.implementation == "pallas"
-        if is_fused and attention_pallas.fits(*x.shape[1:], self.num_heads, qkv.dtype.itemsize):
-            x = attention_pallas.self_attention(qkv, num_heads=self.num_heads)
+        wants_kernel, itemsize = self.implementation == "pallas", jnp.dtype(self.dtype).itemsize
+        is_fused = wants_kernel and attention_pallas.fits(*x.shape[1:], self.num_heads, itemsize)
+        qkv = TokenDense(3 * d, dtype=self.dtype, hands_out_bias=is_fused, name="qkv")(x)
+        if is_fused:
+            x = attention_pallas.self_attention(*qkv, num_heads=self.num_heads)
         else:
             q, k, v = split_heads(qkv, self.num_heads)
-            x = attend(q, k, v, implementation="xla" if is_fused else self.implementation)
+            x = attend(q, k, v, implementation="xla" if wants_kernel else self.implementation)
             x = rearrange(x, "b heads n hd -> b n (heads hd)")
         x = checkpoint_name(x, "attention")
         return TokenDense(d, dtype=self.dtype, name="proj")(x)

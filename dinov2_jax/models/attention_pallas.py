@@ -16,12 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
+from dinov2_jax.models.attention_plan import LANES, ROWS, Plan, padded_width, round_up
 from dinov2_jax.sharding import BATCH_AXES
-
-LANES = 128  # of a vector register; the width of what a kernel takes at a time
-ROWS = 16  # of a tile of bfloat16
-MAX_QUERIES = 640  # in one step, counted over the heads of a group; more take several steps
-MIB = 2**20
 
 
 def fits(n: int, d: int, num_heads: int, itemsize: int = 2) -> bool:
@@ -31,17 +27,19 @@ def fits(n: int, d: int, num_heads: int, itemsize: int = 2) -> bool:
     """
     if not pltpu.is_tpu_device():
         return True
-    hd = _padded_width(d // num_heads)
-    plan = _Plan(1, n, 3 * d, hd)
+    hd = padded_width(d // num_heads)
+    plan = Plan(1, n, 3 * d, hd)
     return plan.vmem_bytes(itemsize) <= pltpu.get_tpu_info().vmem_capacity_bytes
 
 
 def grid_steps(b: int, n: int, d: int, hd: int) -> int:
     """Grid steps of each kernel, for tokens `[b, n, d]` and heads of width `hd`, padded."""
-    return math.prod(_Plan(b, n, 3 * d, hd).grid)
+    return math.prod(Plan(b, n, 3 * d, hd).grid)
 
 
-def self_attention(qkv: jax.Array, *, num_heads: int, interpret: bool = False) -> jax.Array:
+def self_attention(
+    qkv: jax.Array, bias: jax.Array | None = None, *, num_heads: int, interpret: bool = False
+) -> jax.Array:
     """Scaled dot-product attention of every token to every token of its image.
 
     Each device of the mesh in use takes its own images; if the batch axes do not divide them, each
@@ -49,6 +47,8 @@ def self_attention(qkv: jax.Array, *, num_heads: int, interpret: bool = False) -
 
     Args:
       qkv: queries, keys and values, in this order, each head-major: `[b, n, 3 d]`.
+      bias: what the projection has added, `[3 d]`, without gradient there; it gets it here, from
+        the backward kernel, which has the numbers to be summed at hand. None if there is none.
       num_heads: divides d. Heads are padded to a width that divides, or is a multiple of, 128, and
         to whole groups of 128: heads of 64 in even number are not padded.
       interpret: run the kernels' operations one by one on any platform, for tests.
@@ -57,36 +57,46 @@ def self_attention(qkv: jax.Array, *, num_heads: int, interpret: bool = False) -
       `[b, n, d]` in the type of `qkv`; softmax in float32.
     """
     hd = qkv.shape[-1] // 3 // num_heads
-    padded_hd = _padded_width(hd)
-    padded_heads = _round_up(num_heads, max(1, LANES // padded_hd))
+    padded_hd = padded_width(hd)
+    padded_heads = round_up(num_heads, max(1, LANES // padded_hd))
     attend = functools.partial(_attend, scale=hd**-0.5, hd=padded_hd, interpret=interpret)
+    bias = jnp.zeros(qkv.shape[-1]) if bias is None else bias
     if (padded_heads, padded_hd) == (num_heads, hd):
-        return attend(qkv)
-    qkv = rearrange(qkv, "b n (three heads hd) -> b n three heads hd", three=3, heads=num_heads)
-    extra = ((0, padded_heads - num_heads), (0, padded_hd - hd))
-    qkv = jnp.pad(qkv, ((0, 0), (0, 0), (0, 0), *extra))
-    x = attend(rearrange(qkv, "b n three heads hd -> b n (three heads hd)"))
+        return attend(qkv, bias)
+
+    def pad(x):
+        x = rearrange(x, "... (three heads hd) -> ... three heads hd", three=3, heads=num_heads)
+        extra = ((0, padded_heads - num_heads), (0, padded_hd - hd))
+        x = jnp.pad(x, ((0, 0),) * (x.ndim - 2) + extra)
+        return rearrange(x, "... three heads hd -> ... (three heads hd)")
+
+    x = attend(pad(qkv), pad(bias))
     x = rearrange(x, "b n (heads hd) -> b n heads hd", heads=padded_heads)
     return rearrange(x[:, :, :num_heads, :hd], "b n heads hd -> b n (heads hd)")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _attend(qkv, scale, hd, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _attend(qkv, bias, scale, hd, interpret):
     kernel = functools.partial(_forward, scale=scale, hd=hd, interpret=interpret)
     return _on_each_device(kernel, qkv)
 
 
 # The result is not kept: the backward pass makes the probabilities again, and with them all of it.
-def _attend_backward(scale, hd, interpret, qkv, grad):
+def _attend_backward(scale, hd, interpret, kept, grad):
+    qkv, bias = kept
     kernel = functools.partial(_backward, scale=scale, hd=hd, interpret=interpret)
-    return (_on_each_device(kernel, qkv, grad),)
+    dqkv, sums = _on_each_device(kernel, qkv, grad)
+    return dqkv, sums.sum(axis=(0, 1)).astype(bias.dtype)
 
 
-_attend.defvjp(lambda qkv, *static: (_attend(qkv, *static), qkv), _attend_backward)
+_attend.defvjp(lambda *args: (_attend(*args), args[:2]), _attend_backward)
 
 
-def _on_each_device(kernel, *arrays: jax.Array) -> jax.Array:
-    """Runs a kernel, which XLA cannot partition, on the images of each device."""
+def _on_each_device(kernel, *arrays: jax.Array):
+    """Runs a kernel, which XLA cannot partition, on the images of each device.
+
+    Of images that the devices do not divide each takes all.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(*arrays)
@@ -98,7 +108,7 @@ def _on_each_device(kernel, *arrays: jax.Array) -> jax.Array:
 
 
 def _forward(qkv: jax.Array, *, scale: float, hd: int, interpret: bool) -> jax.Array:
-    plan = _Plan(*qkv.shape, hd)
+    plan = Plan(*qkv.shape, hd)
     return pl.pallas_call(
         functools.partial(_forward_kernel, plan=plan, scale=scale),
         grid=plan.grid,
@@ -112,8 +122,9 @@ def _forward(qkv: jax.Array, *, scale: float, hd: int, interpret: bool) -> jax.A
     )(qkv, qkv, qkv)
 
 
-def _backward(qkv, grad, *, scale: float, hd: int, interpret: bool) -> jax.Array:
-    plan = _Plan(*qkv.shape, hd)
+def _backward(qkv, grad, *, scale: float, hd: int, interpret: bool) -> tuple:
+    """The projection's gradient, and its sums `[.., 1, 3 d]` over the images of a grid step."""
+    plan = Plan(*qkv.shape, hd)
     whole = pl.BlockSpec(
         (plan.images, plan.keys, 3 * plan.d), lambda image, group, step: (image, 0, 0)
     )
@@ -122,8 +133,14 @@ def _backward(qkv, grad, *, scale: float, hd: int, interpret: bool) -> jax.Array
         functools.partial(_backward_kernel, plan=plan, scale=scale),
         grid=plan.grid,
         in_specs=[*plan.qkv_specs, plan.query_spec],
-        out_specs=whole,
-        out_shape=jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
+        out_specs=[
+            whole,
+            pl.BlockSpec((1, 1, 3 * plan.d), lambda image, group, step: (image, 0, 0)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
+            jax.ShapeDtypeStruct((plan.grid[0], 1, 3 * plan.d), jnp.float32),
+        ],
         scratch_shapes=[sums, sums],
         compiler_params=plan.compiler_params("arbitrary", qkv.dtype.itemsize),
         cost_estimate=plan.cost(products=5, num_bytes=7 * qkv.nbytes // 3),
@@ -132,68 +149,7 @@ def _backward(qkv, grad, *, scale: float, hd: int, interpret: bool) -> jax.Array
     )(qkv, qkv, qkv, grad)
 
 
-class _Plan:
-    """How the arrays are cut: grid of (images, groups of heads, steps over the queries).
-
-    A block may reach beyond the array: there it holds anything, NaN included.
-    """
-
-    def __init__(self, b: int, n: int, d3: int, hd: int):
-        self.n, self.hd = n, hd
-        self.b, self.d = b, d3 // 3
-        self.width = max(LANES, hd)
-        self.heads = self.width // hd  # of a group
-        self.groups = self.d // self.width
-        whole = _round_up(n, ROWS)
-        if _round_up(self.heads * whole, LANES) <= MAX_QUERIES:
-            self.rows, self.steps = whole, 1
-        else:
-            self.rows = max(2 * LANES // self.heads, ROWS)
-            self.steps = pl.cdiv(n, self.rows)
-        self.keys = self.rows * self.steps
-        self.images = min(b, max(1, 256 // self.keys))
-        self.grid = (pl.cdiv(b, self.images), self.groups, self.steps)
-        self.query_spec = pl.BlockSpec(
-            (self.images, self.rows, self.width), lambda image, group, step: (image, step, group)
-        )
-
-    def _all_rows(self, part: int) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            (self.images, self.keys, self.width),
-            lambda image, group, step: (image, 0, part * self.groups + group),
-        )
-
-    @property
-    def qkv_specs(self) -> list[pl.BlockSpec]:
-        """Of queries, keys and values, all inside the one fused array."""
-        return [self.query_spec, self._all_rows(1), self._all_rows(2)]
-
-    def cost(self, *, products: int, num_bytes: int) -> pl.CostEstimate:
-        """Of one call: the products in whole tiles of the matrix unit, which is what they take."""
-        unit = pltpu.get_tpu_info().mxu_column_size if pltpu.is_tpu_device() else LANES
-        queries, runs = self.heads * self.rows, self.b * self.groups * self.steps
-        tiles = 2 * self.keys * _round_up(queries, unit) * _round_up(self.width, unit)
-        return pl.CostEstimate(
-            flops=products * tiles * runs,
-            transcendentals=self.keys * _round_up(queries, LANES) * runs,
-            bytes_accessed=num_bytes,
-        )
-
-    def vmem_bytes(self, itemsize: int) -> int:
-        """What the backward kernel needs: its result twice, and six arrays of logits."""
-        result = self.images * self.keys * 3 * self.d * itemsize
-        logits = self.keys * _round_up(self.heads * self.rows, LANES) * 4
-        return 2 * result + 6 * logits
-
-    def compiler_params(self, semantics: str, itemsize: int) -> pltpu.CompilerParams:
-        """`semantics`: whether steps and groups may run in any order."""
-        return pltpu.CompilerParams(
-            dimension_semantics=("parallel", semantics, semantics),
-            vmem_limit_bytes=max(16 * MIB, self.vmem_bytes(itemsize)),
-        )
-
-
-def _forward_kernel(q_ref, k_ref, v_ref, out_ref, *, plan: _Plan, scale: float):
+def _forward_kernel(q_ref, k_ref, v_ref, out_ref, *, plan: Plan, scale: float):
     for i in range(plan.images):
         q = _side_by_side(_load(q_ref, i, pl.program_id(2), plan), plan)
         k, v = _load(k_ref, i, 0, plan), _load(v_ref, i, 0, plan)
@@ -202,12 +158,20 @@ def _forward_kernel(q_ref, k_ref, v_ref, out_ref, *, plan: _Plan, scale: float):
         out_ref[i] = _each_its_own(x.T, plan).astype(out_ref.dtype)
 
 
-def _backward_kernel(q_ref, k_ref, v_ref, grad_ref, out_ref, dk_sum, dv_sum, *, plan, scale):
+def _backward_kernel(
+    q_ref, k_ref, v_ref, grad_ref, out_ref, bias_ref, dk_sum, dv_sum, *, plan, scale
+):
     group, step = pl.program_id(1), pl.program_id(2)
+    totals = [jnp.zeros((1, plan.width), jnp.float32)] * 3
+
+    def lanes(part):
+        return pl.ds(pl.multiple_of((part * plan.groups + group) * plan.width, LANES), plan.width)
 
     def write(i, part, x, rows):
-        lanes = pl.ds(pl.multiple_of((part * plan.groups + group) * plan.width, LANES), plan.width)
-        out_ref[i, rows, lanes] = x.astype(out_ref.dtype)
+        out_ref[i, rows, lanes(part)] = x.astype(out_ref.dtype)
+        # Of the last block of images some may not exist.
+        exists = pl.program_id(0) * plan.images + i < plan.b
+        totals[part] += jnp.where(exists, x.sum(axis=0, keepdims=True), 0.0)
 
     for i in range(plan.images):
         q = _side_by_side(_load(q_ref, i, step, plan), plan)
@@ -229,16 +193,20 @@ def _backward_kernel(q_ref, k_ref, v_ref, grad_ref, out_ref, dk_sum, dv_sum, *, 
             dk_sum[i], dv_sum[i] = dk, dv
         write(i, 1, dk, slice(None))
         write(i, 2, dv, slice(None))
+    if plan.steps > 1:  # queries come in steps; of keys and values it is the last sum that stays
+        totals[0] += jnp.where(step == 0, 0.0, bias_ref[0, :, lanes(0)])
+    for part, total in enumerate(totals):
+        bias_ref[0, :, lanes(part)] = total
 
 
-def _load(ref, i: int, step, plan: _Plan) -> jax.Array:
+def _load(ref, i: int, step, plan: Plan) -> jax.Array:
     """Rows of an image, zeros beyond its last token."""
     x = ref[i]
     rows = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) + step * x.shape[0]
     return jnp.where(rows < plan.n, x.astype(jnp.float32), 0.0).astype(x.dtype)
 
 
-def _side_by_side(x: jax.Array, plan: _Plan) -> jax.Array:
+def _side_by_side(x: jax.Array, plan: Plan) -> jax.Array:
     """One copy of `[rows, width]` for each head, zero outside the lanes of that head.
 
     Filled up with zeros to whole registers: as the columns of a product, queries are lanes.
@@ -252,7 +220,7 @@ def _side_by_side(x: jax.Array, plan: _Plan) -> jax.Array:
     return jnp.concatenate(copies).astype(x.dtype)
 
 
-def _each_its_own(x: jax.Array, plan: _Plan) -> jax.Array:
+def _each_its_own(x: jax.Array, plan: Plan) -> jax.Array:
     """The inverse: of each head's rows `[(heads rows), width]` only its own lanes."""
     lanes = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.width), 1)
     out = x[: plan.rows]
@@ -262,7 +230,7 @@ def _each_its_own(x: jax.Array, plan: _Plan) -> jax.Array:
     return out
 
 
-def _softmax(k: jax.Array, q: jax.Array, plan: _Plan, scale: float):
+def _softmax(k: jax.Array, q: jax.Array, plan: Plan, scale: float):
     """Probabilities `[keys, queries]` but for their factors, `[1, queries]`, which come second."""
     logits = _dot(k, q, 1, 1)
     # Keys beyond n are in the last tile of rows, or few: the others need no comparison.
@@ -279,11 +247,3 @@ def _softmax(k: jax.Array, q: jax.Array, plan: _Plan, scale: float):
 def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
     dims = (((axis_a,), (axis_b,)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
-
-
-def _padded_width(hd: int) -> int:
-    return 1 << (hd - 1).bit_length() if hd < LANES else _round_up(hd, LANES)
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple

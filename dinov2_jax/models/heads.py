@@ -109,12 +109,12 @@ class WeightNormDense(nn.Module):
 
 def weight_norm(weight_v: jax.Array, weight_g: jax.Array) -> jax.Array:
     """Directions `[k, d]` of any length and lengths `[k, 1]` to vectors `[k, d]`."""
-    return weight_v * weight_scale(weight_v, weight_g)
+    return weight_v * (weight_g / row_norms(weight_v))
 
 
-def weight_scale(weight_v: jax.Array, weight_g: jax.Array) -> jax.Array:
-    """The factors `[k, 1]` that bring directions `[k, d]` to their lengths `[k, 1]`."""
-    return weight_g / jnp.sqrt(jnp.sum(weight_v**2, axis=-1, keepdims=True))
+def row_norms(weight_v: jax.Array) -> jax.Array:
+    """Euclidean norms of the rows of `[k, d]`: `[k, 1]`."""
+    return jnp.sqrt(jnp.sum(weight_v**2, axis=-1, keepdims=True))
 
 
 def cosine_logits(

@@ -61,16 +61,23 @@ class TokenDense(nn.Module):
     Attributes:
       features: output width.
       dtype: of the product.
+      hands_out_bias: whether the bias is a second result, and gets no gradient by the first.
     """
 
     features: int
     dtype: jnp.dtype = jnp.float32
+    hands_out_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array):
         """Maps tokens `[b, n, d]` to `[b, n, features]`."""
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        if self.hands_out_bias:
+            return self._map(x, kernel, jax.lax.stop_gradient(bias)), bias
+        return self._map(x, kernel, bias)
+
+    def _map(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         if platform() != "cpu":
             # Flat tokens would be copied on TPU: 257 or 50 rows do not fill its tiles.

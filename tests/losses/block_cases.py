@@ -5,7 +5,7 @@ import numpy as np
 
 from dinov2_jax.losses import centering
 from dinov2_jax.losses.blocks import Prototypes
-from dinov2_jax.models.heads import weight_scale
+from dinov2_jax.models.heads import row_norms
 
 TEMP = 0.05
 
@@ -23,8 +23,7 @@ def draw_prototypes(rng: np.random.Generator, k: int, d: int, *, dtype=jnp.float
 
 
 def make_prototypes(weight_v, weight_g, *, dtype=jnp.float32) -> Prototypes:
-    scale = np.array(weight_scale(weight_v, weight_g))
-    return Prototypes(weight_v, scale, jnp.dtype(dtype))
+    return Prototypes(weight_v, weight_g, row_norms(weight_v), jnp.dtype(dtype))
 
 
 def dense_targets(kind: str, logits, *, center, is_real, temp=TEMP):

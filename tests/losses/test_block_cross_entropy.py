@@ -13,9 +13,9 @@ import pytest
 
 from dinov2_jax.losses import block_targets, dino
 from dinov2_jax.losses.block_cross_entropy import block_cross_entropy
-from dinov2_jax.losses.blocks import Layout, Prototypes, choose_layout
+from dinov2_jax.losses.blocks import Layout, choose_layout
 from dinov2_jax.losses.cross_entropy import cross_entropy
-from dinov2_jax.models.heads import cosine_logits
+from dinov2_jax.models.heads import cosine_logits, weight_norm
 from dinov2_jax.sharding import make_mesh
 from tests.losses.block_cases import (
     TEMP,
@@ -54,7 +54,13 @@ def draw(seed=0, *, row_shape, k, dtype=jnp.float32, assign=same, width=8):
     )
 
 
-def dense_loss(student, prototypes, case, *, kind, assign, logits=Prototypes.logits):
+def head_logits(prototypes, features):
+    """As the head's last layer has them, through which the norms are differentiated too."""
+    directions, lengths = prototypes.weight_v, prototypes.weight_g
+    return cosine_logits(features, directions, lengths, dtype=prototypes.dtype)
+
+
+def dense_loss(student, prototypes, case, *, kind, assign, logits=head_logits):
     teacher_logits = case["teacher_prototypes"].logits(case["teacher"])
     probs = dense_targets(kind, teacher_logits, center=case["center"], is_real=case["is_real"])
     loss = cross_entropy(
@@ -88,12 +94,15 @@ def value_and_grads(function, case, **settings):
         jax.value_and_grad(functools.partial(function, **settings), (0, 1), has_aux=has_aux)
     )
     value, grads = run(case["student"], case["student_prototypes"], case)
-    return (value[0] if has_aux else value), jax.tree.leaves(grads)
+    features, prototypes = grads
+    return (value[0] if has_aux else value), [features, prototypes.weight_v, prototypes.weight_g]
 
 
 def assert_same(got, want, tolerance=TOLERANCE):
     np.testing.assert_allclose(got[0], want[0], rtol=tolerance)
-    for name, left, right in zip(("features", "weight_v", "scale"), got[1], want[1], strict=True):
+    for name, left, right in zip(
+        ("features", "weight_v", "weight_g"), got[1], want[1], strict=True
+    ):
         scale = np.abs(right).max()
         np.testing.assert_allclose(left, right, rtol=0, atol=tolerance * scale, err_msg=name)
 
@@ -132,9 +141,10 @@ def test_an_unused_prototype_and_large_logits(has_kernels):
     case = draw(row_shape=(2, 9), k=12)
     # Opposite to all rows, 80 / 0.05 temperatures below their best: exp is 0 for every row.
     case["teacher"] = np.abs(case["teacher"])
-    case["teacher_prototypes"].weight_v[4] = -1.0
-    case["teacher_prototypes"].scale[4] = 80.0 / np.sqrt(8)
-    case["student_prototypes"].scale[:] *= 40.0
+    weight_v, weight_g = case["teacher_prototypes"].weight_v, case["teacher_prototypes"].weight_g
+    weight_v[4], weight_g[4] = -1.0, 80.0
+    case["teacher_prototypes"] = make_prototypes(weight_v, weight_g)
+    case["student_prototypes"].weight_g[:] *= 40.0
     settings = dict(kind="sinkhorn_knopp", assign=same)
     got = value_and_grads(block_loss, case, has_kernels=has_kernels, **settings)
     assert_same(got, value_and_grads(dense_loss, case, **settings))
@@ -151,7 +161,7 @@ rounded.defjvps(lambda tangent, _, x: tangent)
 
 def rounded_logits(prototypes, features):
     """What a bfloat16 product with float32 sums means, with gradients that are not rounded."""
-    weight = rounded(prototypes.weight_v * prototypes.scale)
+    weight = rounded(weight_norm(prototypes.weight_v, prototypes.weight_g))
     return jnp.einsum("...d,kd->...k", rounded(features), weight)
 
 
@@ -215,7 +225,7 @@ def test_memory_does_not_grow_with_the_prototypes():
     small, large = memory(4096), memory(32_768)
     growth = large.temp_size_in_bytes - small.temp_size_in_bytes
     vector = 4 * (32_768 - 4096)
-    gradient = vector * (8 + 1)
+    gradient = vector * (8 + 1 + 1)  # of directions and lengths, and zeros for the norms
     assert large.output_size_in_bytes - small.output_size_in_bytes == gradient
     # The gradient before it is handed over, and a few vectors [k]. One [rows, k] is 80 vectors.
     assert growth <= gradient + 4 * vector

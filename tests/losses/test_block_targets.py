@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 from dinov2_jax.losses import block_targets, centering, diagnostics
-from dinov2_jax.losses.blocks import Layout, Prototypes
-from tests.losses.block_cases import TEMP, dense_targets, draw_prototypes, unit_vectors
+from dinov2_jax.losses.blocks import Layout
+from tests.losses.block_cases import (
+    TEMP,
+    dense_targets,
+    draw_prototypes,
+    make_prototypes,
+    unit_vectors,
+)
 
 TOLERANCE = 1e-5  # as in test_centering
 
@@ -93,7 +99,7 @@ def test_unused_prototypes_and_any_logits(has_kernels):
     base = np.random.default_rng(2).uniform(-1, 1, (16, 8)).astype(np.float32)
     unused = np.where(np.arange(8) == 3, -50, base).astype(np.float32)
     apart = base + 100 * np.arange(16, dtype=np.float32)[:, None]  # rows of different height
-    identity = Prototypes(np.eye(8, dtype=np.float32), np.ones((8, 1), np.float32))
+    identity = make_prototypes(np.eye(8, dtype=np.float32), np.ones((8, 1), np.float32))
     for logits in (base, unused, base * 300, apart):
         got, (entropy, _) = block_probs(
             logits,

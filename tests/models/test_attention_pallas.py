@@ -76,6 +76,21 @@ def test_equals_plain_attention(b, n, num_heads, hd):
     assert_equals_plain(num_heads, *draw(b, n, num_heads, hd), atol=3e-6)
 
 
+@pytest.mark.parametrize(
+    ("b", "n", "num_heads", "hd"),
+    [(5, 50, 4, 64), (1, 330, 2, 64), (2, 17, 3, 64), (2, 16, 5, 20)],
+)
+def test_bias_gets_the_sums_of_the_gradient(b, n, num_heads, hd):
+    """Images that do not exist, queries in several steps, and padded heads add nothing."""
+    qkv, grad = draw(b, n, num_heads, hd)
+    bias = jnp.ones(qkv.shape[-1])
+    _, vjp = jax.vjp(functools.partial(self_attention, num_heads=num_heads), qkv, bias)
+    dqkv, dbias = vjp(grad)
+    _, expected = value_and_grad(plain, num_heads, qkv, grad)
+    np.testing.assert_allclose(dqkv, expected, atol=3e-6)
+    np.testing.assert_allclose(dbias, expected.sum(axis=(0, 1)), atol=1e-5)
+
+
 @pytest.mark.parametrize("n", [5, 50])
 def test_bfloat16_rounds_as_plain_attention(n):
     # Results are near 1 in size: an ulp or two of bfloat16.
