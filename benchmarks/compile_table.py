@@ -151,12 +151,14 @@ def main() -> None:
     """Compiles what is missing, in rounds: the first candidate of every cell, then the second."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="a regular expression of cells' names")
+    parser.add_argument("--rounds", type=int, help="candidates of each cell; all of them otherwise")
     parser.add_argument("--limit_secs", type=float, default=3600, help="of one candidate")
     parser.add_argument("--table", action="store_true", help="write the table; compile nothing")
     flags = parser.parse_args()
     CACHE.parent.mkdir(parents=True, exist_ok=True)
-    rounds = 0 if flags.table else max(len(cell.candidates()) for cell in cells())
-    for number in range(rounds):
+    most = max(len(cell.candidates()) for cell in cells())
+    rounds = most if flags.rounds is None else flags.rounds
+    for number in range(0 if flags.table else rounds):
         for cell in cells():
             candidates = cell.candidates()
             if number >= len(candidates) or not re.search(flags.only, cell.name):
