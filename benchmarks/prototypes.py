@@ -24,15 +24,17 @@ STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.07
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Rows of student and teacher each, and prototypes."""
+    """Rows of student and teacher each, and prototypes; the type of products."""
 
     rows: int
     k: int
+    dtype: str = "float32"
 
     @property
     def module(self) -> DINOHead:
         # One layer instead of an MLP, which is the same either way.
-        return DINOHead(num_prototypes=self.k, bottleneck_dim=BOTTLENECK, num_layers=1)
+        sizes = dict(num_prototypes=self.k, bottleneck_dim=BOTTLENECK, num_layers=1)
+        return DINOHead(**sizes, dtype=jnp.dtype(self.dtype))
 
     def compile(self, heads: HeadMode):
         """The compiled gradient of (student and teacher parameters, features [2, 1, rows, d])."""
@@ -59,7 +61,7 @@ class Case:
                 student_temp=STUDENT_TEMP,
             )
 
-        params = jax.eval_shape(self.init, jax.random.key(0))
+        params = jax.eval_shape(lambda: self.init(jax.random.key(0)))
         features = jax.ShapeDtypeStruct((2, 1, self.rows, WIDTH), jnp.float32)
         return jax.jit(jax.grad(loss)).lower(params, params, features).compile()
 

@@ -1,14 +1,16 @@
-"""What the TPU compiler says of attention, drop path and remat, without a TPU (extra `tpu`).
+"""What the TPU compiler says of kernels, drop path and remat, without a TPU (extra `tpu`).
 
 Milliseconds are the compiler's cycles over the clock: those it states for fusions and copies, and
 for kernels the bundles of their final schedule, once per grid step. No hardware ran.
 
-    python benchmarks/tpu_schedule.py attention [--topology v5e:2x2] [--tokens 257 --images 32]
-    python benchmarks/tpu_schedule.py drop_path
-    python benchmarks/tpu_schedule.py remat
+    python -m benchmarks.tpu_schedule attention [--topology v5e:2x2] [--tokens 257 --images 32]
+    python -m benchmarks.tpu_schedule prototypes [--topology v5e:2x2] [--rows 2450 --k 65536]
+    python -m benchmarks.tpu_schedule drop_path
+    python -m benchmarks.tpu_schedule remat
 """
 
 import argparse
+import math
 import os
 import pathlib
 import re
@@ -20,9 +22,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.prototypes import Case
 from dinov2_jax.cost.estimate import estimate
 from dinov2_jax.cost.hlo import Program
 from dinov2_jax.cost.topology import open_topology
+from dinov2_jax.losses.head_modes import BlockHeads, DenseHeads
+from dinov2_jax.losses.pallas_tiles import tiles
 from dinov2_jax.models.attention import attend, split_heads
 from dinov2_jax.models.attention_pallas import grid_steps, self_attention
 from dinov2_jax.models.drop_path import DropPath, add_residual
@@ -74,17 +79,45 @@ def attention(flags, topology) -> None:
 
 def kernels(flags, topology) -> None:
     """Compiles the kernels again in a process that writes their schedules out."""
+    if flags.what == "attention":
+        steps = grid_steps(flags.images, flags.tokens, flags.width, 64)
+    else:
+        steps = math.prod(size // tile for size, tile in map(tiles, (flags.rows, flags.k)))
     with tempfile.TemporaryDirectory() as folder:
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        command = [sys.executable, *sys.argv, "--no_kernels"]
+        command = [sys.executable, "-m", "benchmarks.tpu_schedule", *sys.argv[1:], "--no_kernels"]
         environment = os.environ | {"LIBTPU_INIT_ARGS": dump}
         subprocess.run(command, env=environment, check=True, capture_output=True)
-        for path in pathlib.Path(folder).glob("*attention_*schedule-analysis_final_bundles.txt"):
-            name = re.search(r"attention_[a-z]+", path.name)[0]
-            bundles = int(re.search(r"total scheduled bundles:\s+(\d+)", path.read_text())[1])
-            steps = grid_steps(flags.images, flags.tokens, flags.width, 64)
-            ms = 1e3 * bundles * steps / topology.chip.clock_hz
-            print(f"{name}: {bundles} bundles x {steps} grid steps = {ms:.2f} ms")
+        seen = set()
+        for path in pathlib.Path(folder).glob("*schedule-analysis_final_bundles.txt"):
+            name = re.search(rf"{flags.what}_[a-z_]+", path.name)
+            bundles = re.search(r"total scheduled bundles:\s+(\d+)", path.read_text())
+            if not name or (name[0], bundles[1]) in seen:
+                continue
+            seen.add((name[0], bundles[1]))
+            ms = 1e3 * int(bundles[1]) * steps / topology.chip.clock_hz
+            print(f"{name[0]}: {bundles[1]} bundles x {steps} grid steps = {ms:.2f} ms")
+
+
+def prototypes(flags, topology) -> None:
+    """Targets by Sinkhorn-Knopp, the loss of as many rows, and its gradient, on one chip."""
+    ways = {
+        "dense": DenseHeads(),
+        "blocks": BlockHeads(),
+        "pallas": BlockHeads(has_kernels=True),
+    }
+    case = Case(flags.rows, flags.k, "bfloat16")
+    for name in ("pallas",) if flags.no_kernels else ways:
+        with jax.set_mesh(make_mesh(devices=topology.devices[:1])):
+            compiled = case.compile(ways[name])
+        found = estimate(Program(compiled.as_text()), topology.chip)
+        temporary = compiled.memory_analysis().temp_size_in_bytes >> 20
+        in_kernels = sum(row.seconds for row in found.rows if row.kind == "kernels")
+        print(
+            f"{name}: {found.seconds * 1e3:.1f} ms, of which {in_kernels * 1e3:.1f} are what "
+            f"kernels state; temporary {temporary} MiB",
+            flush=True,
+        )
 
 
 def drop_path(flags, topology) -> None:
@@ -146,18 +179,20 @@ def remat(flags, topology) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("attention", "drop_path", "remat"))
+    parser.add_argument("what", choices=("attention", "prototypes", "drop_path", "remat"))
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--tokens", type=int, default=257)
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--rows", type=int, default=2450)
+    parser.add_argument("--k", type=int, default=65_536)
     parser.add_argument("--policies", nargs="+", default=["dots", "branches", "blocks"])
     parser.add_argument("--attention", default="pallas", help="of remat: pallas or xla")
     parser.add_argument("--no_kernels", action="store_true", help="without their schedules")
     flags = parser.parse_args()
     topology = open_topology(flags.topology)
-    {"attention": attention, "drop_path": drop_path, "remat": remat}[flags.what](flags, topology)
-    if flags.what == "attention" and not flags.no_kernels:
+    {f.__name__: f for f in (attention, prototypes, drop_path, remat)}[flags.what](flags, topology)
+    if flags.what in ("attention", "prototypes") and not flags.no_kernels:
         kernels(flags, topology)
 
 

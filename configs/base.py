@@ -152,6 +152,8 @@ def get_config() -> ConfigDict:
     # auto | xla | pallas (TPU) | cudnn (GPU, bfloat16); auto is pallas on TPU, cuDNN on Hopper and
     # later GPUs in bfloat16, and XLA elsewhere.
     config.attention = "auto"
+    # auto | xla | pallas (TPU): the blocks' layer normalisation; auto is pallas on TPU.
+    config.layer_norm = "auto"
     # auto | gather | matmul: how the subset drop path takes images out and puts them back; auto is
     # matmul (with one-hot rows) on TPU and gather elsewhere.
     config.drop_path_form = "auto"

@@ -18,6 +18,7 @@ CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
     "remat": ("auto", "none", "dots", "branches", "blocks"),
     "attention": ("auto", "xla", "pallas", "cudnn"),
+    "layer_norm": ("auto", "xla", "pallas"),
     "drop_path_form": ("auto", "gather", "matmul"),
     "compiler_preset": ("auto", "", "cpu_products", "tpu_overlap", "gpu_overlap"),
     "heads": ("auto", "dense", "blocks", "pallas"),

@@ -6,7 +6,7 @@ serves them all. Mesh axes: `data` (batch only), `fsdp` (batch, and parameters i
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +103,25 @@ def shard_rows(x: jax.Array, *, last: str | None = None) -> jax.Array:
         return x
     middle = (None,) * (x.ndim - 2)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, *middle, columns))
+
+
+def on_each_device(kernel: Callable, *arrays: jax.Array, replicated: tuple[jax.Array, ...] = ()):
+    """Runs a kernel, which XLA cannot partition, on the rows of each device.
+
+    Of rows (the first axis of each array) that the devices do not divide each takes all. The
+    results are cut as the arrays are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(*arrays, *replicated)
+    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    rows = PartitionSpec(axes if arrays[0].shape[0] % shards == 0 else None)
+    specs = (rows,) * len(arrays) + (PartitionSpec(),) * len(replicated)
+    # Kernels do not say over which axes their results vary, which the check asks for.
+    return jax.shard_map(kernel, in_specs=specs, out_specs=rows, check_vma=False)(
+        *arrays, *replicated
+    )
 
 
 def path_names(path: Sequence) -> tuple[str, ...]:

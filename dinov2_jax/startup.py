@@ -23,6 +23,7 @@ from dinov2_jax.models.attention import choose_implementation
 from dinov2_jax.models.block import choose_remat
 from dinov2_jax.models.drop_path import choose_form
 from dinov2_jax.models.heads import DINOHead
+from dinov2_jax.models.layer_norm import choose_layer_norm
 from dinov2_jax.models.vit import VARIANTS, VisionTransformer
 from dinov2_jax.objective import LossSettings
 from dinov2_jax.optim.optimizer import make_optimizer
@@ -163,6 +164,7 @@ def build_network(config, device: jax.Device) -> Network:
     model, dtype = config.model, compute_dtype(config, platform=device.platform)
     with as_config_error():
         attention = choose_implementation(config.attention, device, dtype)
+        layer_norm = choose_layer_norm(config.layer_norm, device.platform)
     sizes = dict(VARIANTS.get(model.variant, {}))
     sizes |= {name: model[name] for name in ("embed_dim", "depth", "num_heads") if model[name]}
     if sizes["embed_dim"] % sizes["num_heads"]:
@@ -186,6 +188,7 @@ def build_network(config, device: jax.Device) -> Network:
         dtype=dtype,
         remat=choose_remat(config.remat, device.platform),
         attention=attention,
+        layer_norm=layer_norm,
         scan_unroll=config.scan_unroll,
     )
 

@@ -1,4 +1,4 @@
-"""Self-attention for TPU as two Pallas kernels: forward, and a backward that makes dq, dk and dv.
+"""Self-attention for TPU as two Pallas kernels: forward, and one for all gradients at once.
 
 In: the fused projection `[b, n, 3 d]`. Out: `[b, n, d]`. Sequences are short (50 and 257 tokens in
 training), hence a whole row of logits at a time: no running softmax, no n x n matrix in memory.
@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 
 from dinov2_jax.models.attention_plan import LANES, ROWS, Plan, padded_width, round_up
-from dinov2_jax.sharding import BATCH_AXES
+from dinov2_jax.sharding import on_each_device
 
 
 def fits(n: int, d: int, num_heads: int, itemsize: int = 2) -> bool:
@@ -78,33 +77,18 @@ def self_attention(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _attend(qkv, bias, scale, hd, interpret):
     kernel = functools.partial(_forward, scale=scale, hd=hd, interpret=interpret)
-    return _on_each_device(kernel, qkv)
+    return on_each_device(kernel, qkv)
 
 
 # The result is not kept: the backward pass makes the probabilities again, and with them all of it.
 def _attend_backward(scale, hd, interpret, kept, grad):
     qkv, bias = kept
     kernel = functools.partial(_backward, scale=scale, hd=hd, interpret=interpret)
-    dqkv, sums = _on_each_device(kernel, qkv, grad)
+    dqkv, sums = on_each_device(kernel, qkv, grad)
     return dqkv, sums.sum(axis=(0, 1)).astype(bias.dtype)
 
 
 _attend.defvjp(lambda *args: (_attend(*args), args[:2]), _attend_backward)
-
-
-def _on_each_device(kernel, *arrays: jax.Array):
-    """Runs a kernel, which XLA cannot partition, on the images of each device.
-
-    Of images that the devices do not divide each takes all.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return kernel(*arrays)
-    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
-    shards = math.prod(mesh.shape[axis] for axis in axes)
-    spec = PartitionSpec(axes if arrays[0].shape[0] % shards == 0 else None)
-    # Kernels do not say over which axes their results vary, which the check asks for.
-    return jax.shard_map(kernel, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
 
 def _forward(qkv: jax.Array, *, scale: float, hd: int, interpret: bool) -> jax.Array:

@@ -11,13 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dinov2_jax.models.attention import Attention
 from dinov2_jax.models.drop_path import DropPath, add_residual
-from dinov2_jax.models.layers import (
-    LayerNorm,
-    LayerScale,
-    Mlp,
-    SwiGLU,
-    ffn_hidden_dim,
-)
+from dinov2_jax.models.layer_norm import make_layer_norm
+from dinov2_jax.models.layers import LayerScale, Mlp, SwiGLU, ffn_hidden_dim
 from dinov2_jax.sharding import shard_rows
 
 REMATS = ("none", "dots", "branches", "blocks")
@@ -33,6 +28,7 @@ class Block(nn.Module):
       layer_scale_init: initial `gamma`.
       dtype: compute type.
       attention: implementation, see `attend`.
+      layer_norm: form, see `make_layer_norm`.
     """
 
     num_heads: int
@@ -41,6 +37,7 @@ class Block(nn.Module):
     layer_scale_init: float = 1e-5
     dtype: jnp.dtype = jnp.float32
     attention: str = "xla"
+    layer_norm: str = "xla"
 
     @nn.compact
     def __call__(self, carry, slot: jax.Array | None, drop_path: DropPath | None):
@@ -56,10 +53,10 @@ class Block(nn.Module):
           The new carry, and None.
         """
         xs, collected = carry
-        norm1 = LayerNorm(dtype=self.dtype, name="norm1")
+        norm1 = make_layer_norm(self.layer_norm, dtype=self.dtype, name="norm1")
         attn = Attention(self.num_heads, self.attention, self.dtype, name="attn")
         ls1 = LayerScale(self.layer_scale_init, name="ls1")
-        norm2 = LayerNorm(dtype=self.dtype, name="norm2")
+        norm2 = make_layer_norm(self.layer_norm, dtype=self.dtype, name="norm2")
         hidden_dim = ffn_hidden_dim(xs[0].shape[-1], self.mlp_ratio, self.ffn)
         mlp = {"mlp": Mlp, "swiglu": SwiGLU}[self.ffn](hidden_dim, self.dtype, name="mlp")
         ls2 = LayerScale(self.layer_scale_init, name="ls2")

@@ -4,7 +4,6 @@ In and out: tokens `[b, n, d]`; activations stay cut over the batch, whatever sh
 Behaviour follows dinov2/layers/{patch_embed,mlp,swiglu_ffn,layer_scale}.py (Apache-2.0).
 """
 
-import functools
 import math
 
 import flax.linen as nn
@@ -18,10 +17,6 @@ FFNS = ("mlp", "swiglu")
 
 # PyTorch's truncated normal of the reference cuts at +-2, 100 standard deviations: a plain one.
 kernel_init = nn.initializers.normal(0.02)
-
-# Statistics are float32 whatever the compute type; the variance is that of the centred values,
-# because high-norm tokens make E[x^2] - E[x]^2 cancel.
-LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
 
 
 def torch_uniform_init(fan_in: int) -> nn.initializers.Initializer:
@@ -62,19 +57,24 @@ class TokenDense(nn.Module):
       features: output width.
       dtype: of the product.
       hands_out_bias: whether the bias is a second result, and gets no gradient by the first.
+      num_parts: equal parts of the features that are results, and products, of their own.
     """
 
     features: int
     dtype: jnp.dtype = jnp.float32
     hands_out_bias: bool = False
+    num_parts: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array):
-        """Maps tokens `[b, n, d]` to `[b, n, features]`."""
+        """Maps tokens `[b, n, d]` to `[b, n, features]`, or to its parts."""
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         if self.hands_out_bias:
             return self._map(x, kernel, jax.lax.stop_gradient(bias)), bias
+        if self.num_parts > 1:
+            parts = (jnp.split(a, self.num_parts, axis=-1) for a in (kernel, bias))
+            return tuple(self._map(x, *part) for part in zip(*parts, strict=True))
         return self._map(x, kernel, bias)
 
     def _map(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
@@ -166,9 +166,13 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps tokens `[b, n, d]` to `[b, n, d]`."""
-        d = x.shape[-1]
-        x = TokenDense(2 * self.hidden_dim, dtype=self.dtype, name="w12")(x)
-        gate, value = jnp.split(x, 2, axis=-1)
+        d, num_parts = x.shape[-1], 1
+        if platform() == "tpu":
+            # In one array the halves are not whole tiles, and their gradients are put together in
+            # a pass of its own: 8 of the 112 ms of ViT-L's backbone by the compiler's cycles.
+            num_parts = 2
+        x = TokenDense(2 * self.hidden_dim, self.dtype, num_parts=num_parts, name="w12")(x)
+        gate, value = jnp.split(x, 2, axis=-1) if num_parts == 1 else x
         return TokenDense(d, dtype=self.dtype, name="w3")(nn.silu(gate) * value)
 
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from dinov2_jax.models.attention import attention_probs, split_heads
 from dinov2_jax.models.block import remat_block
 from dinov2_jax.models.drop_path import DropPath
-from dinov2_jax.models.layers import LayerNorm, PatchEmbed, TokenDense
+from dinov2_jax.models.layer_norm import LayerNorm
+from dinov2_jax.models.layers import PatchEmbed, TokenDense
 from dinov2_jax.models.pos_embed import interpolate_pos_embed
 
 # The released sizes (dinov2/models/vision_transformer.py, dinov2/hub/backbones.py). Table 17 of
@@ -58,6 +59,7 @@ class VisionTransformer(nn.Module):
       remat: what the backward pass recomputes: "none", "dots" (all but the matrix products) or
         "blocks" (everything).
       attention: "xla", "by_head", "pallas" or "cudnn", see `Attention`.
+      layer_norm: "xla" or "pallas", of the blocks, see `make_layer_norm`.
       scan_unroll: blocks in each turn of the scan.
     """
 
@@ -78,6 +80,7 @@ class VisionTransformer(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     attention: str = "xla"
+    layer_norm: str = "xla"
     scan_unroll: int = 1
 
     def setup(self):
@@ -109,6 +112,7 @@ class VisionTransformer(nn.Module):
             layer_scale_init=self.layer_scale_init,
             dtype=self.dtype,
             attention=self.attention,
+            layer_norm=self.layer_norm,
         )
         self.norm = LayerNorm(dtype=self.dtype)
 

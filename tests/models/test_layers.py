@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dinov2_jax.models.layer_norm import LayerNorm
 from dinov2_jax.models.layers import (
-    LayerNorm,
     LayerScale,
     Mlp,
     PatchEmbed,

@@ -1,0 +1,101 @@
+"""The TPU kernel of layer normalisation, interpreted, against flax's; and compiled if possible."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dinov2_jax.cost.topology import open_topology
+from dinov2_jax.models.layer_norm import choose_layer_norm, make_layer_norm
+from dinov2_jax.models.vit import VisionTransformer
+from dinov2_jax.sharding import BATCH_AXES, make_mesh
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def value_and_grads(form, dtype, params, x, grad):
+    norm = make_layer_norm(form, dtype=jnp.dtype(dtype))
+    out, vjp = jax.vjp(lambda params, x: norm.apply({"params": params}, x), params, x)
+    return out, vjp(grad.astype(dtype))
+
+
+def draw(*shape, dtype="float32"):
+    """Tokens far from 0, some of high norm, and parameters away from their start."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(5, 1, shape) * np.where(rng.random(shape[:-1]) < 0.1, 50, 1)[..., None]
+    params = {name: rng.normal(1, 0.3, shape[-1:]).astype(np.float32) for name in ("scale", "bias")}
+    return params, jnp.asarray(x, dtype), jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def assert_same(got, want, tolerance):
+    for left, right in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        assert left.dtype == right.dtype
+        left, right = np.float32(left), np.float32(right)
+        np.testing.assert_allclose(left, right, atol=tolerance * np.abs(right).max(), rtol=0)
+
+
+# One block; several of 256 tokens, the last of which reaches beyond; widths that are no whole tile.
+@pytest.mark.parametrize("shape", [(3, 5, 32), (2, 50, 200), (1, 700, 24)], ids=str)
+def test_equals_flax(shape):
+    case = draw(*shape)
+    want = value_and_grads("xla", "float32", *case)
+    assert_same(value_and_grads("pallas", "float32", *case), want, 3e-6)
+
+
+def test_bfloat16_has_float32_statistics():
+    case = draw(2, 9, 64, dtype="bfloat16")
+    want = value_and_grads("xla", "bfloat16", *case)
+    assert_same(value_and_grads("pallas", "bfloat16", *case), want, 2**-7)
+
+
+@pytest.mark.parametrize("b", [16, 3])  # 3 images are cut over no 4 devices: each takes all
+def test_on_a_mesh(b):
+    case = draw(b, 5, 32)
+    want = value_and_grads("xla", "float32", *case)
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, model=2)):
+        assert_same(value_and_grads("pallas", "float32", *case), want, 3e-6)
+
+
+def test_parameters_and_features_of_a_backbone_are_the_same():
+    sizes = dict(patch_size=7, embed_dim=32, depth=2, num_heads=2, pos_embed_grid=(2, 2))
+    images = jax.random.normal(jax.random.key(0), (2, 14, 14, 3))
+    forms = [VisionTransformer(**sizes, layer_norm=form) for form in ("xla", "pallas")]
+    params, other = (jax.jit(form.init)(jax.random.key(1), images) for form in forms)
+    jax.tree.map(np.testing.assert_array_equal, params, other)
+    want, got = (form.apply(params, images).patches for form in forms)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("form", "platform", "expected"),
+    [("auto", "tpu", "pallas"), ("auto", "gpu", "xla"), ("xla", "tpu", "xla")],
+)
+def test_the_choice(form, platform, expected):
+    assert choose_layer_norm(form, platform) == expected
+
+
+def test_wrong_choices():
+    with pytest.raises(ValueError, match="layer_norm='pallas' needs a TPU, not cpu; use 'auto'"):
+        choose_layer_norm("pallas", "cpu")
+    with pytest.raises(ValueError, match="layer_norm='fast' must be one of"):
+        make_layer_norm("fast")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="THE KERNELS ARE NOT COMPILED FOR TPU: pip install 'dinov2_jax[tpu]'",
+)
+@pytest.mark.parametrize("shape", [(8, 50, 384), (8, 257, 1536), (8, 1370, 1536)], ids=str)
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_compiles_for_tpus(topology, shape):
+    mesh = make_mesh(data=2, fsdp=2, devices=open_topology(topology).devices)
+    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=rows)
+    vector = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+    params = {"scale": vector, "bias": vector}
+    with jax.set_mesh(mesh):
+        text = value_and_grads.lower("pallas", "bfloat16", params, x, x).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
