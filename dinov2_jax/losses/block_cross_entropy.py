@@ -137,9 +137,9 @@ def _flat(features, prototypes, targets, target_rows):
     width = features.shape[-1]
     return (
         features.reshape(-1, width).astype(prototypes.dtype),
-        prototypes.weight,
+        (prototypes.weight_v, prototypes.scale),
         target_rows.features.reshape(-1, width).astype(teacher.dtype),
-        teacher.weight,
+        (teacher.weight_v, teacher.scale),
         (target_rows.row_max.reshape(-1), target_rows.log_sum.reshape(-1)),
         targets.log_scale,
     )
@@ -194,14 +194,15 @@ def _gradients_by_kernel(
     layout, assign, features, target_rows, kept, cotangent, prototypes, targets, temps
 ):
     row_max, log_sum, mass = (x.reshape(-1) for x in kept)
-    grad_features, grad_weight = cross_entropy_pallas.gradients(
+    grad_features, grads = cross_entropy_pallas.gradients(
         *_flat(features, prototypes, targets, target_rows),
         temps,
+        norms=prototypes.norms,
         log_sum=row_max + log_sum,
         mass=mass,
         cotangent=cotangent.reshape(-1),
     )
-    return grad_features.reshape(features.shape), prototypes.to_parameters(grad_weight)
+    return grad_features.reshape(features.shape), grads
 
 
 block_cross_entropy.defvjp(_forward, _backward)

@@ -5,6 +5,8 @@ per row say everything; whoever needs the targets of a block of prototypes compu
 features again. Same results as `centering`, whose docstrings are the specification.
 """
 
+from collections.abc import Callable
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -47,10 +49,10 @@ def sinkhorn_knopp(
     num_iters: int,
     layout: Layout,
 ) -> tuple[TargetRows, TargetPrototypes]:
-    """`centering.sinkhorn_knopp` in blocks: a pass for the rows' maxima, two for each iteration.
+    """`centering.sinkhorn_knopp` in blocks: a pass for the rows' maxima, one or two an iteration.
 
-    One pass of an iteration sums over the rows and one over the prototypes. Both in one would save
-    a product, but on a mesh every block would wait for a sum over the devices.
+    One pass sums over the rows, for the prototypes' u, and over the prototypes times u. On several
+    devices every block would wait there for a sum over them: then they are two passes.
 
     Args:
       features: of the teacher's head, `[..., d]`.
@@ -73,9 +75,15 @@ def sinkhorn_knopp(
         shift = layout.max_rows(jnp.where(is_real, matrix.row_max, -jnp.inf).max())
 
         def iterate(_, state):
-            per_prototype = layout.sum_rows(matrix.sum_rows(state[0]))
-            u = share / jnp.maximum(per_prototype, floor)
-            per_row = layout.sum_prototypes(matrix.sum_prototypes(u))
+            def to_u(per_prototype):
+                return share / jnp.maximum(per_prototype, floor)
+
+            if layout.has_kernels or layout.cuts_rows:
+                u = to_u(layout.sum_rows(matrix.sum_rows(state[0])))
+                per_row = matrix.sum_prototypes(u)
+            else:
+                u, per_row = matrix.sum_both(state[0], to_u)
+            per_row = layout.sum_prototypes(per_row)
             per_row = jnp.maximum(per_row, smallest)
             return jnp.where(is_real, 1.0 / per_row, 0.0), per_row, u
 
@@ -97,8 +105,9 @@ class _Matrix:
         self._prototypes, self._temp, self._layout = prototypes, temp, layout
         self._z, self._has_kernels = z, layout.has_kernels
         if self._has_kernels:
-            self._z, self._weight = z.astype(prototypes.dtype), prototypes.weight
-            own_max = sinkhorn_pallas.largest_logits(self._z, self._weight)
+            self._z = z.astype(prototypes.dtype)
+            self._pair = prototypes.weight_v, prototypes.scale
+            own_max = sinkhorn_pallas.largest_logits(self._z, self._pair)
         else:
             start = jnp.full(z.shape[0], -jnp.inf)
             own_max, _ = layout.visit(
@@ -114,7 +123,7 @@ class _Matrix:
     def sum_rows(self, v: Array) -> Array:
         """Rows times `v [n]`, summed over those of this device: `[k]`."""
         if self._has_kernels:
-            return sinkhorn_pallas.sum_rows(self._z, self._weight, self.row_max, v, self._temp)
+            return sinkhorn_pallas.sum_rows(self._z, self._pair, self.row_max, v, self._temp)
         highest = jax.lax.Precision.HIGHEST
         _, sums = self._layout.visit(
             lambda _, block: (None, jnp.einsum("nk,n->k", self._of(block), v, precision=highest)),
@@ -126,9 +135,7 @@ class _Matrix:
     def sum_prototypes(self, u: Array) -> Array:
         """Prototypes times `u [k]`, summed over those of this device: `[n]`."""
         if self._has_kernels:
-            return sinkhorn_pallas.sum_prototypes(
-                self._z, self._weight, self.row_max, u, self._temp
-            )
+            return sinkhorn_pallas.sum_prototypes(self._z, self._pair, self.row_max, u, self._temp)
 
         def step(sums, block):
             prototypes, u = block
@@ -137,6 +144,18 @@ class _Matrix:
 
         sums, _ = self._layout.visit(step, jnp.zeros_like(self.row_max), (self._prototypes, u))
         return sums
+
+    def sum_both(self, v: Array, to_u: Callable[[Array], Array]) -> tuple[Array, Array]:
+        """`u = to_u(sum_rows(v))` and `sum_prototypes(u)` in one pass."""
+        highest = jax.lax.Precision.HIGHEST
+
+        def step(sums, block):
+            block = self._of(block)
+            u = to_u(jnp.einsum("nk,n->k", block, v, precision=highest))
+            return sums + jnp.einsum("nk,k->n", block, u, precision=highest), u
+
+        sums, u = self._layout.visit(step, jnp.zeros_like(self.row_max), self._prototypes)
+        return u, sums
 
 
 def softmax_center(

@@ -26,7 +26,8 @@ NUMBERS_PER_BLOCK = 2**21
 class Prototypes:
     """Prototypes, or a block of them, as the head's last layer stores them, and their norms.
 
-    These are known beforehand, so that no visit sums over the directions again.
+    These are known beforehand, so that no visit sums over the directions again. They are constants:
+    `to_parameters` is the gradient through them too.
     """
 
     weight_v: Array  # directions [k, d]
@@ -37,13 +38,18 @@ class Prototypes:
     @property
     def weight(self) -> Array:
         """The vectors themselves, `[k, d]` in the compute type."""
-        return (self.weight_v * (self.weight_g / self.norms)).astype(self.dtype)
+        return (self.weight_v * self.scale).astype(self.dtype)
+
+    @property
+    def scale(self) -> Array:
+        """The factors `[k, 1]` that make the vectors of the directions."""
+        return self.weight_g / self.norms
 
     def to_parameters(self, grad_weight: Array) -> tuple[Array, Array]:
         """From the gradient for the vectors `[k, d]` to those for directions and lengths."""
         per_length = (grad_weight * self.weight_v).sum(axis=-1, keepdims=True) / self.norms
         along = self.weight_v * (per_length / self.norms)  # what the norm takes out
-        return (grad_weight - along) * (self.weight_g / self.norms), per_length
+        return (grad_weight - along) * self.scale, per_length
 
     def logits(self, features: Array) -> Array:
         """`[..., d]` to float32 `[..., k]`."""
@@ -68,12 +74,14 @@ class Layout:
       num_blocks: that a device's own prototypes are visited in.
       row_axes: mesh axes that the rows' leading axis is cut over.
       prototype_axes: mesh axes that the prototypes are cut over.
+      cuts_rows: whether several devices hold rows.
       has_kernels: whether Pallas kernels make the passes that there are some for, not `visit`.
     """
 
     num_blocks: int
     row_axes: tuple[str, ...] = ()
     prototype_axes: tuple[str, ...] = ()
+    cuts_rows: bool = False
     has_kernels: bool = False
 
     def run(self, function: Callable, rows, prototypes, scalars=()):
@@ -82,7 +90,7 @@ class Layout:
         Each argument is a pytree; the function returns three likewise: what is cut like the rows,
         what is cut like the prototypes, and what is the same everywhere.
         """
-        if not self.row_axes + self.prototype_axes:
+        if jax.sharding.get_abstract_mesh().empty:
             return function(rows, prototypes, scalars)
         specs = (P(self.row_axes), P(self.prototype_axes), P())
         run = jax.shard_map(function, in_specs=specs, out_specs=specs, check_vma=False)
@@ -164,7 +172,8 @@ def choose_layout(
     num_local = local(num_prototypes, prototype_axes)
     wished = block_size or NUMBERS_PER_BLOCK / max(local(rows, row_axes), width)
     num_blocks = num_local // nearest_divisor(num_local, wished)
-    return Layout(num_blocks, row_axes, prototype_axes, has_kernels)
+    cuts_rows = math.prod(sizes[axis] for axis in row_axes) > 1
+    return Layout(num_blocks, row_axes, prototype_axes, cuts_rows, has_kernels)
 
 
 def nearest_divisor(number: int, wished: float) -> int:

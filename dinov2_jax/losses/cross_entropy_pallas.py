@@ -14,14 +14,26 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import ArrayLike
 
 from dinov2_jax.losses import pallas_tiles
-from dinov2_jax.losses.pallas_tiles import LANES, MIB, NOWHERE, accumulate, dot, fill, tiles
+from dinov2_jax.losses.pallas_tiles import (
+    LANES,
+    MIB,
+    NOWHERE,
+    WIDE,
+    accumulate,
+    dot,
+    fill,
+    round_up,
+    tiles,
+)
+
+Prototypes = tuple[Array, Array]  # directions [k, d] and the factors [k, 1] that make vectors
 
 
 def row_sums(
     features: Array,
-    weight: Array,
+    prototypes: Prototypes,
     target_features: Array,
-    target_weight: Array,
+    target_prototypes: Prototypes,
     target_rows: tuple[Array, Array],
     log_scale: Array,
     temps: tuple[ArrayLike, ArrayLike],
@@ -29,8 +41,8 @@ def row_sums(
     """What `block_cross_entropy` needs of each row, for targets of the same rows.
 
     Args:
-      features, weight: the student's, `[n, d]` and `[k, d]`.
-      target_features, target_weight: the teacher's.
+      features, prototypes: the student's; features `[n, d]` in the compute type.
+      target_features, target_prototypes: the teacher's.
       target_rows: their largest logit and the log of what normalises them, `[n]` each.
       log_scale: of the targets, `[k]`.
       temps: of student and teacher.
@@ -39,8 +51,8 @@ def row_sums(
       `[n]` each, of x = logits / temp less its largest value: that value, the sums of exp(x),
       exp(x) * x, targets, and targets * x.
     """
-    n, d = features.shape
-    (size_n, tile_n), (size_k, tile_k) = tiles(n), tiles(weight.shape[0])
+    (n, d), k = features.shape, log_scale.shape[0]
+    (size_n, tile_n), (size_k, tile_k) = tiles(n, largest=WIDE), tiles(k)
     row_specs, k_specs = _specs(d, tile_n, tile_k, lambda j, i: j, lambda j, i: i)
     out = pl.pallas_call(
         _sums_kernel,
@@ -49,32 +61,31 @@ def row_sums(
         out_specs=pl.BlockSpec((8, tile_n), lambda j, i: (0, j)),
         out_shape=jax.ShapeDtypeStruct((8, size_n), jnp.float32),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=32 * MIB
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=pallas_tiles.vmem_bytes(d) + 16 * MIB,
         ),
         cost_estimate=pallas_tiles.cost(
-            size_n, size_k, d, products=2, exps=2, num_bytes=2 * weight.nbytes * size_n // tile_n
+            size_n, size_k, d, products=2, exps=2, num_bytes=size_n // tile_n * 2 * 4 * size_k * d
         ),
         interpret=pallas_tiles.interpret(),
         name="prototypes_cross_entropy",
     )(
         pallas_tiles.scalars(1 / temps[0], 1 / temps[1]),
         *_row_arrays(size_n, features, target_features, target_rows),
-        *_prototype_arrays(size_k, weight, target_weight, log_scale),
+        *_prototype_arrays(size_k, prototypes, target_prototypes, log_scale),
     )
     return tuple(out[:5, :n])
 
 
-def _sums_kernel(
-    inverse_temps, z_ref, zt_ref, rows_ref, w_ref, wt_ref, log_scale_ref, hidden_ref, out_ref
-):
+def _sums_kernel(inverse_temps, z_ref, zt_ref, rows_ref, *refs):
+    *prototype_refs, out_ref = refs
+
     @pl.when(pl.program_id(1) == 0)
     def _():
         first = jax.lax.broadcasted_iota(jnp.int32, out_ref.shape, 0) == 0
         out_ref[...] = jnp.where(first, -NOWHERE, 0.0)
 
-    z, targets = _tile(
-        inverse_temps, z_ref, zt_ref, rows_ref, w_ref, wt_ref, log_scale_ref, hidden_ref
-    )
+    _, z, targets = _tile(inverse_temps, z_ref, zt_ref, rows_ref, *prototype_refs)
     old_max, exp_sum, exp_x_sum, mass, target_x_sum = (out_ref[i : i + 1] for i in range(5))
     row_max = jnp.maximum(old_max, z.max(axis=0, keepdims=True))
     shift = old_max - row_max
@@ -99,55 +110,68 @@ def fits(n: int, d: int) -> bool:
 
 
 def _gradient_vmem_bytes(n: int, d: int) -> int:
-    return 2 * 4 * tiles(n)[0] * max(d, LANES) + 12 * MIB  # the features' gradient lies in it
+    """The features' gradient lies in it as a whole, twice."""
+    return 8 * tiles(n)[0] * round_up(d, LANES) + pallas_tiles.vmem_bytes(d)
 
 
 def gradients(
     features: Array,
-    weight: Array,
+    prototypes: Prototypes,
     target_features: Array,
-    target_weight: Array,
+    target_prototypes: Prototypes,
     target_rows: tuple[Array, Array],
     log_scale: Array,
     temps: tuple[ArrayLike, ArrayLike],
     *,
+    norms: Array,
     log_sum: Array,
     mass: Array,
     cotangent: Array,
-) -> tuple[Array, Array]:
-    """Gradients for `features [n, d]` and `weight [k, d]`, float32.
+) -> tuple[Array, tuple[Array, Array]]:
+    """Gradients for the features `[n, d]`, and for directions `[k, d]` and lengths `[k, 1]`.
+
+    Those of the vectors become those of directions and lengths as soon as they are whole, tile by
+    tile, as `blocks.Prototypes.to_parameters` has it: nothing else `[k, d]` is written.
 
     Args:
       features .. temps: as in `row_sums`.
+      norms: of the student's directions, `[k, 1]`.
       log_sum: log of sum_k exp(logits / temp), `[n]`.
       mass: the targets' sums, `[n]`.
       cotangent: of the rows' cross-entropy, `[n]`.
     """
-    (n, d), k = features.shape, weight.shape[0]
+    (n, d), k = features.shape, log_scale.shape[0]
     (size_n, tile_n), (size_k, tile_k) = tiles(n), tiles(k, multiple=2)
-    halves = 2 if size_k // tile_k % 2 == 0 else 1  # for chips whose device has two cores
+    halves = min(2, size_k // tile_k)  # for chips whose device has two cores
     steps = size_k // tile_k // halves
-    row_specs, k_specs = _specs(
-        d, tile_n, tile_k, lambda half, i, j: j, lambda half, i, j: half * steps + i
-    )
-    grad_features, grad_weight = pl.pallas_call(
+
+    def prototype_of(half, i, j):
+        return half * steps + i
+
+    row_specs, k_specs = _specs(d, tile_n, tile_k, lambda half, i, j: j, prototype_of)
+    tile = k_specs[0]
+    row = pl.BlockSpec((8, tile_k), lambda *at: (0, prototype_of(*at)))
+    features_bytes = size_n * d * (2 * features.dtype.itemsize * halves * steps + 4 * halves)
+    grad_features, grad_directions, grad_lengths = pl.pallas_call(
         functools.partial(_gradient_kernel, tile_n=tile_n),
         grid=(halves, steps, size_n // tile_n),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), *row_specs, *k_specs],
         out_specs=[
             pl.BlockSpec((1, size_n, d), lambda half, i, j: (half, 0, 0)),
-            pl.BlockSpec((tile_k, d), lambda half, i, j: (half * steps + i, 0)),
+            tile,
+            row,
         ],
         out_shape=[
             jax.ShapeDtypeStruct((halves, size_n, d), jnp.float32),
             jax.ShapeDtypeStruct((size_k, d), jnp.float32),
+            jax.ShapeDtypeStruct((8, size_k), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=_gradient_vmem_bytes(n, d),
         ),
         cost_estimate=pallas_tiles.cost(
-            size_n, size_k, d, products=4, exps=2, num_bytes=2 * features.nbytes * size_k // tile_k
+            size_n, size_k, d, products=4, exps=2, num_bytes=features_bytes + 3 * 4 * size_k * d
         ),
         interpret=pallas_tiles.interpret(),
         name="prototypes_gradients",
@@ -156,70 +180,62 @@ def gradients(
         *_row_arrays(
             size_n, features, target_features, target_rows, log_sum, mass, cotangent / temps[0]
         ),
-        *_prototype_arrays(size_k, weight, target_weight, log_scale),
+        *_prototype_arrays(size_k, prototypes, target_prototypes, log_scale, (norms, 1.0)),
     )
-    return grad_features.sum(axis=0)[:n], grad_weight[:k]
+    grads = grad_directions[:k], grad_lengths[0, :k, None]
+    return grad_features.sum(axis=0)[:n], grads
 
 
-def _gradient_kernel(
-    inverse_temps,
-    z_ref,
-    zt_ref,
-    rows_ref,
-    w_ref,
-    wt_ref,
-    log_scale_ref,
-    hidden_ref,
-    dz_ref,
-    dw_ref,
-    *,
-    tile_n,
-):
-    z, targets = _tile(
-        inverse_temps, z_ref, zt_ref, rows_ref, w_ref, wt_ref, log_scale_ref, hidden_ref
-    )
+def _gradient_kernel(inverse_temps, z_ref, zt_ref, rows_ref, *refs, tile_n: int):
+    *prototype_refs, dz_ref, dv_ref, dg_ref = refs
+    weights, z, targets = _tile(inverse_temps, z_ref, zt_ref, rows_ref, *prototype_refs)
     log_sum, mass, factor = (rows_ref[i : i + 1] for i in (2, 3, 4))
-    slope = ((mass * jnp.exp(z - log_sum) - targets) * factor).astype(w_ref.dtype)
+    slope = ((mass * jnp.exp(z - log_sum) - targets) * factor).astype(z_ref.dtype)
     step, row = pl.program_id(1), pl.program_id(2)
-    accumulate(dw_ref, dot(slope, z_ref[...], 1, 0), row == 0)
+    accumulate(dv_ref, dot(slope, z_ref[...], 1, 0), row == 0)
     rows = pl.ds(pl.multiple_of(row * tile_n, LANES), tile_n)
-    accumulate(dz_ref.at[0, rows], dot(slope, w_ref[...], 0, 0), step == 0)
+    accumulate(dz_ref.at[0, rows], dot(slope, weights, 0, 0), step == 0)
+
+    @pl.when(row == pl.num_programs(2) - 1)
+    def _():
+        v_ref, _, columns_ref = prototype_refs
+        scale, *_, norms = pallas_tiles.columns(columns_ref, 5)
+        per_length = (dv_ref[...] * v_ref[...]).sum(axis=1, keepdims=True) / norms
+        dv_ref[...] = (dv_ref[...] - v_ref[...] * (per_length / norms)) * scale
+        dg_ref[...] = jnp.broadcast_to(per_length, (per_length.shape[0], LANES)).T[:8]
 
 
-def _tile(inverse_temps, z_ref, zt_ref, rows_ref, w_ref, wt_ref, log_scale_ref, hidden_ref):
-    """The student's logits over the temperature, and the targets, `[k, n]` of a tile."""
-    z = dot(w_ref[...], z_ref[...], 1, 1) * inverse_temps[0, 0] - hidden_ref[...]
-    logits = dot(wt_ref[...], zt_ref[...], 1, 1)
-    shifted = (logits - rows_ref[0:1]) * inverse_temps[0, 1]
-    return z, jnp.exp(shifted + log_scale_ref[...] - rows_ref[1:2])
+def _tile(inverse_temps, z_ref, zt_ref, rows_ref, v_ref, vt_ref, columns_ref):
+    """Of a tile the student's prototypes, and its logits over the temperature and the targets."""
+    scale, target_scale, log_scale, hidden = pallas_tiles.columns(columns_ref, 4)
+    weights = (v_ref[...] * scale).astype(z_ref.dtype)
+    target_weights = (vt_ref[...] * target_scale).astype(zt_ref.dtype)
+    z = dot(weights, z_ref[...], 1, 1) * inverse_temps[0, 0] - hidden  # [k, n]
+    shifted = (dot(target_weights, zt_ref[...], 1, 1) - rows_ref[0:1]) * inverse_temps[0, 1]
+    return weights, z, jnp.exp(shifted + log_scale - rows_ref[1:2])
 
 
 def _specs(d: int, tile_n: int, tile_k: int, row_of, prototype_of):
     """Blocks of the arrays of `_row_arrays` and of `_prototype_arrays`."""
     rows = pl.BlockSpec((tile_n, d), lambda *at: (row_of(*at), 0))
     prototypes = pl.BlockSpec((tile_k, d), lambda *at: (prototype_of(*at), 0))
-    column = pl.BlockSpec((tile_k, 1), lambda *at: (prototype_of(*at), 0))
     return (
         (rows, rows, pl.BlockSpec((8, tile_n), lambda *at: (0, row_of(*at)))),
-        (prototypes, prototypes, column, column),
+        (prototypes, prototypes, pl.BlockSpec((8, tile_k), lambda *at: (0, prototype_of(*at)))),
     )
 
 
-def _row_arrays(
-    size: int,
-    features: Array,
-    target_features: Array,
-    target_rows: tuple[Array, Array],
-    *vectors: Array,
-):
-    """Padded; the vectors are the rows of an array `[8, size]`. Padding has targets of 0."""
+def _row_arrays(size: int, features: Array, target_features: Array, target_rows, *vectors: Array):
+    """Padded features, and vectors in the rows of `[8, size]`. Padding has targets of 0."""
     row_max, log_sum = target_rows
-    rows = [fill(row_max, size), fill(log_sum, size, NOWHERE), *(fill(x, size) for x in vectors)]
-    rows += [jnp.zeros(size)] * (8 - len(rows))
-    return fill(features, size), fill(target_features, size), jnp.stack(rows)
+    packed = pallas_tiles.pack(size, row_max, (log_sum, NOWHERE), *vectors)
+    return fill(features, size), fill(target_features, size), packed
 
 
-def _prototype_arrays(size: int, weight: Array, target_weight: Array, log_scale: Array):
-    """Padded; the vectors are the log scale, and what hides padding: `[size, 1]`."""
-    columns = fill(log_scale, size, -NOWHERE), fill(jnp.zeros_like(log_scale), size, NOWHERE)
-    return fill(weight, size), fill(target_weight, size), *(x[:, None] for x in columns)
+def _prototype_arrays(size: int, prototypes: Prototypes, targets: Prototypes, log_scale, *vectors):
+    """Padded directions, and in `[8, size]` factors, the targets' log scale, what hides padding."""
+    hidden = jnp.zeros_like(log_scale), NOWHERE
+    packed = pallas_tiles.pack(
+        size, prototypes[1], targets[1], (log_scale, -NOWHERE), hidden, *vectors
+    )
+    return fill(prototypes[0], size), fill(targets[0], size), packed

@@ -33,12 +33,13 @@ def case(request):
 def test_sums_over_rows_and_over_prototypes(case):
     rows, weight, v, u = case.values()
     logits = np.float64(rows) @ np.float64(weight).T
-    row_max = sinkhorn_pallas.largest_logits(rows, weight)
+    prototypes = 2 * weight, np.full((len(u), 1), 0.5, np.float32)
+    row_max = sinkhorn_pallas.largest_logits(rows, prototypes)
     np.testing.assert_allclose(row_max, logits.max(axis=1), rtol=TOLERANCE, atol=TOLERANCE)
     matrix = np.exp((logits - np.float64(row_max)[:, None]) / 0.5)
-    got = sinkhorn_pallas.sum_rows(rows, weight, row_max, v, 0.5)
+    got = sinkhorn_pallas.sum_rows(rows, prototypes, row_max, v, 0.5)
     np.testing.assert_allclose(got, v @ matrix, rtol=2 * TOLERANCE)
-    got = sinkhorn_pallas.sum_prototypes(rows, weight, row_max, u, 0.5)
+    got = sinkhorn_pallas.sum_prototypes(rows, prototypes, row_max, u, 0.5)
     np.testing.assert_allclose(got, matrix @ u, rtol=2 * TOLERANCE)
 
 
@@ -47,11 +48,11 @@ def test_padding_adds_nothing_wherever_logits_lie(case):
     rows, weight, v, u = case.values()
     rows, weight = np.zeros_like(rows), np.zeros_like(weight)
     rows[:, 0], weight[:, 0] = 1e4, -1
-    low = jnp.full(len(v), -1e4)
-    np.testing.assert_array_equal(sinkhorn_pallas.largest_logits(rows, weight), low)
-    got = sinkhorn_pallas.sum_prototypes(rows, weight, low, u, 1.0)
+    low, prototypes = jnp.full(len(v), -1e4), (weight, np.ones((len(u), 1), np.float32))
+    np.testing.assert_array_equal(sinkhorn_pallas.largest_logits(rows, prototypes), low)
+    got = sinkhorn_pallas.sum_prototypes(rows, prototypes, low, u, 1.0)
     np.testing.assert_allclose(got, np.full(len(v), u.sum()), rtol=TOLERANCE)
-    got = sinkhorn_pallas.sum_rows(rows, weight, low, v, 1.0)
+    got = sinkhorn_pallas.sum_rows(rows, prototypes, low, v, 1.0)
     np.testing.assert_allclose(got, np.full(len(u), v.sum()), rtol=TOLERANCE)
 
 
@@ -67,22 +68,22 @@ def test_tiles_cover_with_little_padding(size, multiple):
 
 
 def test_many_rows_do_not_fit_the_smallest_chip(monkeypatch):
-    chip = type("Chip", (), {"vmem_capacity_bytes": 16 * 2**20})
+    chip = type("Chip", (), {"vmem_capacity_bytes": 32 * 2**20})
     monkeypatch.setattr(cross_entropy_pallas.pltpu, "is_tpu_device", lambda: True)
     monkeypatch.setattr(cross_entropy_pallas.pltpu, "get_tpu_info", lambda: chip)
     assert cross_entropy_pallas.fits(1000, 256)
     assert not cross_entropy_pallas.fits(10_000, 256)
 
 
-@pytest.mark.skipif(
+needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="THE KERNELS ARE NOT COMPILED FOR TPU: pip install 'dinov2_jax[tpu]'",
 )
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_compiles_for_tpus(topology):
-    """Targets, the iBOT loss and its gradients on four chips: five kernels, nothing [rows, k]."""
-    mesh = make_mesh(data=2, model=2, devices=open_topology(topology).devices)
-    k, heads = 4096, BlockHeads(has_kernels=True)
+
+
+def compile_step(mesh, *, k: int):
+    """Targets, the iBOT loss of 600 rows and its gradient for prototypes that `model` cuts."""
+    heads = BlockHeads(has_kernels=True)
     module = DINOHead(num_prototypes=k, bottleneck_dim=256, num_layers=1, dtype=jnp.bfloat16)
 
     def run(student, teacher, features):
@@ -109,10 +110,31 @@ def test_compiles_for_tpus(topology):
     def init():
         return module.init(jax.random.key(0), jnp.zeros((1, 64)))["params"]
 
-    params = jax.tree.map(lambda x: place(x, PartitionSpec()), jax.eval_shape(init))
-    rows = jax.ShapeDtypeStruct((2, 600, 64), jnp.float32)
+    params = jax.tree.map(
+        lambda x: place(x, PartitionSpec("model" if x.shape[0] == k else None)),
+        jax.eval_shape(init),
+    )
+    features = place(jax.ShapeDtypeStruct((2, 600, 64), jnp.float32), PartitionSpec(BATCH_AXES))
     with jax.set_mesh(mesh):
-        features = place(rows, PartitionSpec(BATCH_AXES))
-        text = jax.jit(run).lower(params, params, features).compile().as_text()
+        return jax.jit(run).lower(params, params, features).compile()
+
+
+@needs_compiler
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_compiles_for_tpus(topology):
+    """Five kernels on each of four chips, and nothing [rows, k]."""
+    mesh = make_mesh(data=2, model=2, devices=open_topology(topology).devices)
+    text = compile_step(mesh, k=4096).as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 5
-    assert f"[600,{k // 2}]" not in text
+    assert "[600,2048]" not in text
+
+
+@needs_compiler
+def test_memory_does_not_grow_with_the_prototypes():
+    """Sizes whose gradients do not fit a chip's vector memory, where they would count as nothing."""
+    mesh = make_mesh(data=1, model=1, devices=open_topology("v5e:2x2").devices[:1])
+    small, large = (compile_step(mesh, k=k).memory_analysis() for k in (131_072, 262_144))
+    growth = large.temp_size_in_bytes - small.temp_size_in_bytes
+    vectors = 40 * 4 * 131_072  # some vectors [k]; the gradient is 257 of them
+    assert growth <= vectors
+    assert large.output_size_in_bytes - small.output_size_in_bytes >= 256 * 4 * 131_072
