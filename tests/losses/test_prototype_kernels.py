@@ -131,7 +131,7 @@ def test_compiles_for_tpus(topology):
 
 @needs_compiler
 def test_memory_does_not_grow_with_the_prototypes():
-    """Sizes whose gradients do not fit a chip's vector memory, where they would count as nothing."""
+    """Of gradients too large for the chip's vector memory, where they would count as nothing."""
     mesh = make_mesh(data=1, model=1, devices=open_topology("v5e:2x2").devices[:1])
     small, large = (compile_step(mesh, k=k).memory_analysis() for k in (131_072, 262_144))
     growth = large.temp_size_in_bytes - small.temp_size_in_bytes
