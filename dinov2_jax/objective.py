@@ -182,20 +182,22 @@ def student_loss(
     )
     terms: Metrics = {}
     watch: Metrics = {}
+    total = 0.0
 
     if losses.dino_weight:
         num_terms = num_loss_terms(num_global_crops=g, num_local_crops=num_local)
         head = network.head("dino", student)
-        terms["dino_global_loss"], terms["dino_local_loss"], watch["student_entropy"] = (
-            losses.heads.dino_losses(
-                head,
-                cls,
-                targets.of("dino"),
-                num_global_crops=g,
-                num_terms=num_terms,
-                student_temp=losses.student_temp,
-            )
+        loss, parts = losses.heads.dino_loss(
+            head,
+            cls,
+            targets.of("dino"),
+            num_global_crops=g,
+            num_terms=num_terms,
+            student_temp=losses.student_temp,
         )
+        total += losses.dino_weight * loss
+        watch["student_entropy"] = parts.pop("student_entropy")
+        terms |= parts
         watch["dino_ce_over_log_k"] = diagnostics.dino_ce_over_log_k(
             terms["dino_local_loss"],
             terms["dino_global_loss"],
@@ -214,6 +216,7 @@ def student_loss(
             num_crops=s * g * q,
             student_temp=losses.student_temp,
         )
+        total += losses.ibot_weight * terms["ibot_loss"]
         watch["ibot_ce_over_log_k"] = diagnostics.ibot_ce_over_log_k(
             terms["ibot_loss"],
             views.mask_weights,
@@ -224,14 +227,8 @@ def student_loss(
     if losses.koleo_weight:
         crops = cls[:, : g if losses.koleo_crops == "both" else 1]
         terms["koleo_loss"] = koleo_loss(rearrange(crops, "s g q d -> g s q d"))
+        total += losses.koleo_weight * terms["koleo_loss"]
 
-    weights = {
-        "dino_global_loss": losses.dino_weight,
-        "dino_local_loss": losses.dino_weight,
-        "ibot_loss": losses.ibot_weight,
-        "koleo_loss": losses.koleo_weight,
-    }
-    total = sum(weights[name] * value for name, value in terms.items())
     return total, {"total_loss": total, **terms, **watch}
 
 

@@ -2,7 +2,7 @@
 
 Both passes compute a block's logits and targets from the features, use them and forget them: what
 the backward pass keeps is three numbers a row. Value and gradient are those of
-`cross_entropy.cross_entropy` on the whole logits.
+`linear_cross_entropy` on the whole logits.
 """
 
 import functools

@@ -9,7 +9,6 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 
 def feature_metrics(cls: Array) -> dict[str, Array]:
@@ -74,16 +73,6 @@ def entropy_over_log_k(probs: Array, *, row_weights: Array | None = None) -> Arr
     entropy = -jax.scipy.special.xlogy(probs, probs).sum(axis=-1)  # [n]; 0 ln 0 is 0
     mean = (row_weights * entropy).sum() / jnp.maximum(row_weights.sum(), 1.0)
     return share_of_log_k(mean, probs.shape[-1])
-
-
-def student_entropy(logits: Array, *, student_temp: ArrayLike) -> Array:
-    """Mean entropy of softmax(logits / student_temp) over ln K, for `logits [n, k]`: in [0, 1]."""
-    z = jax.lax.stop_gradient(logits).astype(jnp.float32) / student_temp
-    z = z - z.max(axis=-1, keepdims=True)
-    exp_z = jnp.exp(z)
-    total = exp_z.sum(axis=-1)
-    entropy = jnp.log(total) - (exp_z * z).sum(axis=-1) / total  # [n]
-    return share_of_log_k(entropy.mean(), logits.shape[-1])
 
 
 def prototypes_in_use(probs: Array, *, row_weights: Array | None = None) -> Array:

@@ -1,14 +1,17 @@
-"""DINO loss on image-level logits: local crops, and global crops against each other.
+"""DINO loss on image-level features: local crops, and global crops against each other.
 
-Student logits and teacher targets in, a scalar out, with the reference's scale. Behaviour follows
+Student features and teacher targets in, a scalar out, with the reference's scale. Behaviour follows
 dinov2/loss/dino_clstoken_loss.py and the scales of dinov2/train/ssl_meta_arch.py (Apache-2.0);
 pairs that share a factor are summed before the cross-entropy.
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import Array
 
-from dinov2_jax.losses.cross_entropy import cross_entropy
+from dinov2_jax.losses.diagnostics import share_of_log_k
+from dinov2_jax.losses.linear_cross_entropy import linear_cross_entropy
 
 
 def num_loss_terms(*, num_global_crops: int, num_local_crops: int) -> int:
@@ -20,65 +23,78 @@ def num_loss_terms(*, num_global_crops: int, num_local_crops: int) -> int:
     return max(num_local_crops * num_global_crops, 1) + (num_global_crops - 1) * num_global_crops
 
 
-def dino_local_loss(
-    student_logits: Array, teacher_probs: Array, *, student_temp: float, num_terms: int
-) -> Array:
-    """Every local crop predicts every global crop's target.
+def dino_loss(
+    features: Array,
+    weight: Array,
+    teacher_probs: Array,
+    *,
+    num_global_crops: int,
+    num_terms: int,
+    student_temp: float,
+) -> tuple[Array, dict[str, Array]]:
+    """Every crop predicts the targets of the global crops, but no crop its own.
 
         loss = 0
-        for v in local crops:
-            for t in global crops:
-                loss += mean_b(CE(teacher_probs[t, b], student_logits[v, b])) / num_terms
-
-    The cross-entropy is linear in its target, so the targets are summed over t first.
-
-    Args:
-      student_logits: `[..., l, b, k]`; l may be 0. Leading axes (groups) are averaged over.
-      teacher_probs: `[..., g, b, k]`.
-      student_temp: 0.1 in the reference.
-      num_terms: from `num_loss_terms`.
-
-    Returns:
-      A float32 scalar; 0 without local crops.
-
-    References:
-      DINOv2, arXiv 2304.07193, section 4; dinov2/train/ssl_meta_arch.py lines 281-293.
-    """
-    num_local_crops = student_logits.shape[-3]
-    if num_local_crops == 0:
-        return jnp.zeros((), jnp.float32)
-    targets = local_targets(teacher_probs)
-    return cross_entropy(student_logits, targets, student_temp).mean() * num_local_crops / num_terms
-
-
-def dino_global_loss(
-    student_logits: Array, teacher_probs: Array, *, student_temp: float, num_terms: int
-) -> Array:
-    """Each global crop predicts the other's target.
-
-        loss = 0
-        for s in global crops:
+        for s in all crops:
             for t in global crops:
                 if s != t:
                     loss += mean_b(CE(teacher_probs[t, b], student_logits[s, b])) / num_terms
 
+    The cross-entropy is linear in its target, so the targets are summed over t first.
+
     Args:
-      student_logits: `[..., g, b, k]`, of the masked crops. Leading axes are averaged over.
+      features: the student's before the prototypes `[..., g + l, b, d]`: global crops, which are
+        masked, then local crops; l may be 0. Leading axes (groups) are averaged over.
+      weight: the student's prototypes `[k, d]`: its logits are the products of both.
       teacher_probs: `[..., g, b, k]`, same order of crops (not swapped).
-      student_temp: 0.1 in the reference.
+      num_global_crops: g.
       num_terms: from `num_loss_terms`.
+      student_temp: 0.1 in the reference.
 
     Returns:
-      A float32 scalar.
+      The loss, a float32 scalar, and its `dino_parts`, which have no gradients.
 
     References:
-      dinov2/train/ssl_meta_arch.py lines 164-167 (the swap) and 295-312 (the scale 2 / terms).
+      DINOv2, arXiv 2304.07193, section 4; dinov2/train/ssl_meta_arch.py lines 164-167 (the swap),
+      281-293 (local crops) and 295-312 (global crops and the scale 2 / terms).
     """
-    num_global_crops = student_logits.shape[-3]
-    targets = global_targets(teacher_probs)
-    return (
-        cross_entropy(student_logits, targets, student_temp).mean() * num_global_crops / num_terms
+    num_local_crops = features.shape[-3] - num_global_crops
+    targets = targets_of_crops(teacher_probs, num_local_crops=num_local_crops)
+    rows_per_crop = math.prod(features.shape[:-1]) // features.shape[-3]
+    row_weights = jnp.full(features.shape[:-1], 1 / (rows_per_crop * num_terms))
+    loss, books = linear_cross_entropy(features, weight, targets, row_weights, student_temp)
+    return loss, dino_parts(
+        *books,
+        num_global_crops=num_global_crops,
+        num_terms=num_terms,
+        num_prototypes=weight.shape[0],
     )
+
+
+def dino_parts(
+    cross_entropy: Array,
+    entropy: Array,
+    *,
+    num_global_crops: int,
+    num_terms: int,
+    num_prototypes: int,
+) -> dict[str, Array]:
+    """What there is to know of the loss, from its rows `[..., g + l, b]`, as float32 scalars.
+
+    dino_global_loss and dino_local_loss are the parts of global and local crops, 0 without any;
+    student_entropy is the mean entropy of the student's softmax on global crops, over ln k.
+    """
+
+    def crops(rows: Array) -> tuple[Array, Array]:
+        per_crop = jnp.moveaxis(rows, -2, 0).reshape(rows.shape[-2], -1).mean(axis=-1)  # [g + l]
+        return per_crop[:num_global_crops], per_crop[num_global_crops:]
+
+    of_global, of_local = crops(cross_entropy)
+    return {
+        "dino_global_loss": of_global.sum() / num_terms,
+        "dino_local_loss": of_local.sum() / num_terms,
+        "student_entropy": share_of_log_k(crops(entropy)[0].mean(), num_prototypes),
+    }
 
 
 def local_targets(teacher_probs: Array) -> Array:

@@ -53,7 +53,7 @@ class HeadMode(Protocol):
     def target_metrics(self, head: Head, target: tuple) -> dict[str, Array]:
         """teacher_entropy and prototypes_in_use of a target without padding."""
 
-    def dino_losses(
+    def dino_loss(
         self,
         head: Head,
         features: Array,
@@ -62,11 +62,12 @@ class HeadMode(Protocol):
         num_global_crops: int,
         num_terms: int,
         student_temp: float,
-    ) -> tuple[Array, Array, Array]:
-        """Global loss, local loss, and the student's entropy on global crops over ln k.
+    ) -> tuple[Array, dict[str, Array]]:
+        """The loss, and without gradients what it is made of.
 
-        `features [s, g + l, b, d]`: of the student's global, then local crops; the target is of the
-        global crops `[s, g, b]`.
+        That is dino_global_loss, dino_local_loss, whose sum it is, and student_entropy: on global
+        crops, over ln k. `features [s, g + l, b, d]`: of the student's global, then local crops;
+        the target is of the global crops `[s, g, b]`.
         """
 
     def ibot_loss(
@@ -123,21 +124,20 @@ class DenseHeads:
             "prototypes_in_use": diagnostics.prototypes_in_use(probs),
         }
 
-    def dino_losses(self, head, features, target, *, num_global_crops, num_terms, student_temp):
-        logits = head.logits(features)  # [s, g + l, b, k]
-        logits, local_logits = logits[:, :num_global_crops], logits[:, num_global_crops:]
-        settings = {"student_temp": student_temp, "num_terms": num_terms}
-        return (
-            dino.dino_global_loss(logits, target[0], **settings),
-            dino.dino_local_loss(local_logits, target[0], **settings),
-            diagnostics.student_entropy(
-                logits.reshape(-1, logits.shape[-1]), student_temp=student_temp
-            ),
+    def dino_loss(self, head, features, target, *, num_global_crops, num_terms, student_temp):
+        return dino.dino_loss(
+            head.bottleneck(features),
+            head.prototypes(),
+            target[0],
+            num_global_crops=num_global_crops,
+            num_terms=num_terms,
+            student_temp=student_temp,
         )
 
     def ibot_loss(self, head, features, target, mask_weights, *, num_crops, student_temp):
         return ibot_loss(
-            head.logits(features),
+            head.bottleneck(features),
+            head.prototypes(),
             target[0],
             mask_weights,
             student_temp=student_temp,
@@ -209,17 +209,19 @@ class BlockHeads:
             "prototypes_in_use": is_used.mean(dtype=jnp.float32),
         }
 
-    def dino_losses(self, head, features, target, *, num_global_crops, num_terms, student_temp):
+    def dino_loss(self, head, features, target, *, num_global_crops, num_terms, student_temp):
         num_local_crops = features.shape[1] - num_global_crops
         assign = functools.partial(dino.targets_of_crops, num_local_crops=num_local_crops)
         loss, entropy = self._cross_entropy(head, features, target, student_temp, assign)
-        per_crop = loss.mean(axis=(0, 2)) / num_terms  # [g + l]
-        entropy = jax.lax.stop_gradient(entropy[:, :num_global_crops]).mean()
-        return (
-            per_crop[:num_global_crops].sum(),
-            per_crop[num_global_crops:].sum(),
-            diagnostics.share_of_log_k(entropy, head.num_prototypes),
+        parts = dino.dino_parts(
+            loss,
+            entropy,
+            num_global_crops=num_global_crops,
+            num_terms=num_terms,
+            num_prototypes=head.num_prototypes,
         )
+        total = parts["dino_global_loss"] + parts["dino_local_loss"]
+        return total, jax.lax.stop_gradient(parts)
 
     def ibot_loss(self, head, features, target, mask_weights, *, num_crops, student_temp):
         loss, _ = self._cross_entropy(head, features, target, student_temp, None)

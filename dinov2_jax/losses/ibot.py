@@ -6,11 +6,12 @@ Padded rows of masked patches in, a scalar out, with the reference's scale. Beha
 
 from jax import Array
 
-from dinov2_jax.losses.cross_entropy import cross_entropy
+from dinov2_jax.losses.linear_cross_entropy import linear_cross_entropy
 
 
 def ibot_loss(
-    student_logits: Array,
+    features: Array,
+    weight: Array,
     teacher_probs: Array,
     mask_weights: Array,
     *,
@@ -28,7 +29,8 @@ def ibot_loss(
     reference multiplies by 2 * 1/2; its log shows half of this value.
 
     Args:
-      student_logits: `[..., m, k]`.
+      features: the student's before the prototypes `[..., m, d]`.
+      weight: the student's prototypes `[k, d]`: its logits are the products of both.
       teacher_probs: `[..., m, k]`; any finite value in padding rows.
       mask_weights: `[..., m]`, 1 / (masked patches of the row's crop), 0 for padding.
       student_temp: 0.1 in the reference.
@@ -40,8 +42,8 @@ def ibot_loss(
     References:
       dinov2/loss/ibot_patch_loss.py `forward_masked`; dinov2/train/ssl_meta_arch.py 325-343.
     """
-    per_patch = cross_entropy(student_logits, teacher_probs, student_temp)  # [..., m]
-    return mean_over_masked(per_patch, mask_weights, num_crops=num_crops)
+    row_weights = mask_weights / num_crops
+    return linear_cross_entropy(features, weight, teacher_probs, row_weights, student_temp)[0]
 
 
 def mean_over_masked(per_patch: Array, mask_weights: Array, *, num_crops: int) -> Array:

@@ -71,6 +71,12 @@ class Head(NamedTuple):
         """`[..., d]` to float32 `[..., k]`."""
         return self.module.apply({"params": self.params}, features)
 
+    def prototypes(self) -> jax.Array:
+        """`[k, bottleneck]`: logits are products in its dtype with `bottleneck(features)`."""
+        last_layer = self.params["last_layer"]
+        weight = weight_norm(last_layer["weight_v"], last_layer["weight_g"])
+        return weight.astype(self.module.dtype)
+
     def bottleneck(self, features: jax.Array) -> jax.Array:
         """`[..., d]` to float32 unit vectors `[..., bottleneck]`."""
         return self.module.apply({"params": self.params}, features, method="bottleneck")

@@ -1,5 +1,6 @@
 """Rows and prototypes for the tests of the block forms, and their dense counterparts."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,6 +25,11 @@ def draw_prototypes(rng: np.random.Generator, k: int, d: int, *, dtype=jnp.float
 
 def make_prototypes(weight_v, weight_g, *, dtype=jnp.float32) -> Prototypes:
     return Prototypes(weight_v, weight_g, row_norms(weight_v), jnp.dtype(dtype))
+
+
+def cross_entropy(logits, targets, temp):
+    """Of each row [...], by the formula alone."""
+    return -(targets * jax.nn.log_softmax(logits / temp, axis=-1)).sum(axis=-1)
 
 
 def dense_targets(kind: str, logits, *, center, is_real, temp=TEMP):

@@ -14,11 +14,11 @@ import pytest
 from dinov2_jax.losses import block_targets, dino
 from dinov2_jax.losses.block_cross_entropy import block_cross_entropy
 from dinov2_jax.losses.blocks import Layout, choose_layout
-from dinov2_jax.losses.cross_entropy import cross_entropy
 from dinov2_jax.models.heads import cosine_logits, weight_norm
 from dinov2_jax.sharding import make_mesh
 from tests.losses.block_cases import (
     TEMP,
+    cross_entropy,
     dense_targets,
     draw_prototypes,
     make_prototypes,

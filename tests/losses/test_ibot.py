@@ -1,5 +1,7 @@
 """iBOT loss: per-crop weights, padding, and crops without a mask."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,19 @@ from tests.parity import require
 from tests.reference import golden_values, loops
 
 TEMP = 0.1
-ibot_loss = jax.jit(ibot.ibot_loss, static_argnames=("student_temp", "num_crops"))
+
+
+@functools.partial(jax.jit, static_argnames=("student_temp", "num_crops"))
+def ibot_loss(student_logits, teacher_probs, mask_weights, *, student_temp, num_crops):
+    """Of logits: they are the products of themselves and the unit matrix."""
+    return ibot.ibot_loss(
+        student_logits,
+        jnp.eye(student_logits.shape[-1]),
+        teacher_probs,
+        mask_weights,
+        student_temp=student_temp,
+        num_crops=num_crops,
+    )
 
 
 def draw(masks: np.ndarray, k: int = 9):
