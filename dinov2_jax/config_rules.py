@@ -17,7 +17,7 @@ CHOICES = {
     "optim.learning_rate_scaling": ("sqrt_1024", "none"),
     "dtype": ("auto", "bfloat16", "float32"),
     "remat": ("auto", "none", "dots", "branches", "blocks"),
-    "attention": ("auto", "xla", "pallas", "cudnn"),
+    "attention": ("auto", "xla", "by_head", "pallas", "cudnn"),
     "layer_norm": ("auto", "xla", "pallas"),
     "drop_path_form": ("auto", "gather", "matmul"),
     "compiler_preset": ("auto", "", "cpu_products", "tpu_overlap", "gpu_overlap"),

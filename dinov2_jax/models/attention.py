@@ -5,6 +5,9 @@ Behaviour follows dinov2/layers/attention.py (Apache-2.0): one projection makes 
 values, in this order, each head-major.
 """
 
+import functools
+import os
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,14 +17,13 @@ from jax.ad_checkpoint import checkpoint_name
 from dinov2_jax.models import attention_pallas
 from dinov2_jax.models.layers import TokenDense
 
-IMPLEMENTATIONS = ("xla", "by_head", "cudnn")
+IMPLEMENTATIONS = ("xla", "cudnn")
 
 
 def default_implementation() -> str:
     """Of a frozen model, on any devices: "by_head" on one CPU device, else "xla".
 
-    Several devices cut the batch, which a loop over images and heads would gather again. Training
-    has many small crops, where the loop gains nothing.
+    Several devices cut the batch, which a loop over images and heads would gather again.
     """
     return "by_head" if jax.default_backend() == "cpu" and jax.device_count() == 1 else "xla"
 
@@ -30,10 +32,11 @@ def choose_implementation(name: str, device: jax.Device, dtype: jnp.dtype) -> st
     """The implementation that "auto" means on a kind of device; any other name is checked.
 
     Pallas on TPU; cuDNN on NVIDIA GPUs from Hopper on, in bfloat16 (on the generation before it
-    is slower than XLA); XLA elsewhere.
+    is slower than XLA); head by head on one CPU device of one or two cores: more might wait for a
+    loop of pieces too small for all of them. XLA elsewhere.
 
     Args:
-      name: "auto", "xla", "pallas" or "cudnn".
+      name: "auto", "xla", "by_head", "pallas" or "cudnn".
       device: one of those that will run it, which need not be of this machine.
       dtype: compute type of the network.
 
@@ -45,6 +48,8 @@ def choose_implementation(name: str, device: jax.Device, dtype: jnp.dtype) -> st
     if name == "auto":
         if platform == "tpu":
             return "pallas"
+        if platform == "cpu":
+            return default_implementation() if os.cpu_count() <= 2 else "xla"
         is_hopper = is_gpu and float(getattr(device, "compute_capability", 0)) >= 9
         return "cudnn" if is_hopper and is_bfloat16 else "xla"
     if name == "cudnn" and not (is_gpu and is_bfloat16):
@@ -62,8 +67,8 @@ class Attention(nn.Module):
 
     Attributes:
       num_heads: heads; must divide the embedding width.
-      implementation: "pallas" (fused; TPU only; where it does not fit, XLA takes over), or see
-        `attend`.
+      implementation: "pallas" (fused; TPU only; where it does not fit, XLA takes over), "by_head"
+        (`attend_by_head`), or see `attend`.
       dtype: of the matrix products.
     """
 
@@ -85,6 +90,8 @@ class Attention(nn.Module):
         qkv = TokenDense(3 * d, dtype=self.dtype, hands_out_bias=is_fused, name="qkv")(x)
         if is_fused:
             x = attention_pallas.self_attention(*qkv, num_heads=self.num_heads)
+        elif self.implementation == "by_head":
+            x = attend_by_head(qkv, self.num_heads)
         else:
             q, k, v = split_heads(qkv, self.num_heads)
             x = attend(q, k, v, implementation="xla" if wants_kernel else self.implementation)
@@ -120,9 +127,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str = "x
       q: queries `[b, heads, n, hd]`.
       k: keys, same shape.
       v: values, same shape.
-      implementation: "xla" (all at once), "by_head" (one head of one image after the other: its
-        n x n matrix stays in a CPU's cache, and the backward pass makes it again) or "cudnn"
-        (fused; NVIDIA GPU and bfloat16 only).
+      implementation: "xla" (all at once) or "cudnn" (fused; NVIDIA GPU and bfloat16 only).
 
     Returns:
       `[b, heads, n, hd]` in the type of `v`.
@@ -132,12 +137,6 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str = "x
     """
     if implementation == "xla":
         return _weigh(q, k, v)
-    if implementation == "by_head":
-        b = q.shape[0]
-        # Without batch axes: XLA's batched products take twice the time on a CPU.
-        qkv = tuple(rearrange(a, "b heads n hd -> (b heads) n hd") for a in (q, k, v))
-        x = jax.lax.map(jax.checkpoint(lambda head: _weigh(*head)), qkv)
-        return rearrange(x, "(b heads) n hd -> b heads n hd", b=b)
     if implementation == "cudnn":
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             raise ValueError(
@@ -152,3 +151,60 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str = "x
 
 def _weigh(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("...nm,...md->...nd", attention_probs(q, k).astype(v.dtype), v)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def attend_by_head(qkv: jax.Array, num_heads: int) -> jax.Array:
+    """Attention for one head of one image after the other: its n x n matrix stays in the cache.
+
+    For CPUs. Heads are cut out of the projection and written to their places, so nothing is
+    transposed. The backward pass makes the matrix again: only the projection is kept for it.
+
+    Args:
+      qkv: queries, keys and values, in this order, each head-major: `[b, n, 3 d]`.
+      num_heads: divides d.
+
+    Returns:
+      `[b, n, d]` in the type of `qkv`; softmax in float32.
+    """
+    qkv = rearrange(qkv, "b n (three heads hd) -> b n three heads hd", three=3, heads=num_heads)
+
+    def put_head(i, x):
+        return _put_head(x, _weigh(*_take_head(qkv, i))[None], i)
+
+    x = _for_each_head(put_head, jnp.zeros_like(qkv[:, :, :1]))
+    return rearrange(x, "b n 1 heads hd -> b n (heads hd)")
+
+
+def _attend_by_head_backward(num_heads: int, qkv: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    split = functools.partial(rearrange, heads=num_heads)
+    qkv = split(qkv, "b n (three heads hd) -> b n three heads hd", three=3)
+    grad = split(grad, "b n (heads hd) -> b n 1 heads hd")
+
+    def put_head(i, qkv_grad):
+        _, pull = jax.vjp(_weigh, *_take_head(qkv, i))
+        return _put_head(qkv_grad, jnp.stack(pull(*_take_head(grad, i))), i)
+
+    x = _for_each_head(put_head, jnp.zeros_like(qkv))
+    return (rearrange(x, "b n three heads hd -> b n (three heads hd)"),)
+
+
+attend_by_head.defvjp(lambda qkv, h: (attend_by_head(qkv, h), qkv), _attend_by_head_backward)
+
+
+def _for_each_head(put_head, x: jax.Array) -> jax.Array:
+    """Fills `[b, n, .., heads, hd]` by `put_head(i, x)`: head `i % heads` of image `i // heads`."""
+    return jax.lax.fori_loop(0, x.shape[0] * x.shape[-2], put_head, x)
+
+
+def _take_head(x: jax.Array, i: jax.Array) -> jax.Array:
+    """Of `[b, n, parts, heads, hd]` the parts of one head: `[parts, n, hd]`."""
+    _, n, parts, heads, hd = x.shape
+    x = jax.lax.dynamic_slice(x, (i // heads, 0, 0, i % heads, 0), (1, n, parts, 1, hd))
+    return rearrange(x, "1 n parts 1 hd -> parts n hd")
+
+
+def _put_head(x: jax.Array, head: jax.Array, i: jax.Array) -> jax.Array:
+    """The inverse of `_take_head`."""
+    head, heads = rearrange(head, "parts n hd -> 1 n parts 1 hd"), x.shape[-2]
+    return jax.lax.dynamic_update_slice(x, head, (i // heads, 0, 0, i % heads, 0))

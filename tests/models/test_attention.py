@@ -6,18 +6,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 
 from dinov2_jax.models import attention_pallas
 from dinov2_jax.models.attention import (
     Attention,
     attend,
+    attend_by_head,
     choose_implementation,
     default_implementation,
 )
 
 
-@pytest.mark.parametrize("implementation", ["xla", "by_head"])
-def test_attend_equals_loops(implementation):
+def by_head(q, k, v):
+    """As `attend`, `[b, heads, n, hd]`."""
+    qkv = rearrange([q, k, v], "three b heads n hd -> b n (three heads hd)")
+    x = attend_by_head(qkv, q.shape[1])
+    return rearrange(x, "b n (heads hd) -> b heads n hd", heads=q.shape[1])
+
+
+@pytest.mark.parametrize("attend", [attend, by_head])
+def test_attend_equals_loops(attend):
     b, heads, n, hd = 2, 3, 5, 4
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, b, heads, n, hd)).astype(np.float32)
@@ -28,16 +37,15 @@ def test_attend_equals_loops(implementation):
                 weights = [np.exp(q[image, head, i] @ k[image, head, j] / 2.0) for j in range(n)]
                 for j in range(n):
                     expected[image, head, i] += weights[j] / sum(weights) * v[image, head, j]
-    ours = attend(q, k, v, implementation=implementation)
-    np.testing.assert_allclose(ours, expected, atol=1e-6)
+    np.testing.assert_allclose(attend(q, k, v), expected, atol=1e-6)
 
 
 def test_by_head_has_the_same_gradients_and_keeps_no_square_matrix():
     b, heads, n, hd = 2, 3, 50, 4
     q, k, v, grad = jax.random.normal(jax.random.key(0), (4, b, heads, n, hd))
     gradients, kept = [], []
-    for implementation in ("xla", "by_head"):
-        _, pull = jax.vjp(lambda *qkv, i=implementation: attend(*qkv, implementation=i), q, k, v)
+    for function in (attend, by_head):
+        _, pull = jax.vjp(function, q, k, v)
         gradients.append(pull(grad))
         kept.append({tuple(x.shape[-2:]) for x in jax.tree.leaves(pull)})
     for ours, theirs in zip(*gradients, strict=True):
@@ -51,18 +59,21 @@ def test_the_default_is_by_head_on_one_cpu_device_only(monkeypatch):
     assert default_implementation() == "xla"
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert default_implementation() == "by_head"
+    for num_cores, expected in ((1, "by_head"), (2, "by_head"), (3, "xla")):
+        monkeypatch.setattr("os.cpu_count", lambda n=num_cores: n)
+        assert choose_implementation("auto", jax.devices()[0], jnp.float32) == expected
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert default_implementation() == "xla"
 
 
-@pytest.mark.parametrize("implementation", ["xla", "by_head"])
-def test_logits_are_float32_for_bfloat16_inputs(implementation):
+@pytest.mark.parametrize("attend", [attend, by_head])
+def test_logits_are_float32_for_bfloat16_inputs(attend):
     # One logit of 8 + 1/32 among logits of 8: bfloat16 has no number between 8 and 8 + 1/16.
     n = 20
-    q = jnp.zeros((1, 1, 1, 4), jnp.bfloat16).at[0, 0, 0, :2].set(jnp.array([16, 1]))
+    q = jnp.zeros((1, 1, n, 4), jnp.bfloat16).at[..., :2].set(jnp.array([16, 1]))
     k = jnp.zeros((1, 1, n, 4), jnp.bfloat16).at[..., 0].set(1).at[0, 0, 0, 1].set(1 / 16)
     v = jnp.zeros((1, 1, n, 4), jnp.bfloat16).at[0, 0, 0].set(1)
-    out = attend(q, k, v, implementation=implementation)
+    out = attend(q, k, v)
     assert out.dtype == jnp.bfloat16
     expected = np.exp(1 / 32) / (np.exp(1 / 32) + n - 1)
     np.testing.assert_allclose(np.float32(out), expected, rtol=2**-8)
@@ -135,9 +146,7 @@ def test_errors():
     with pytest.raises(ValueError, match=r"'pallas' needs a TPU, not cpu; use 'auto' or 'xla'"):
         choose_implementation("pallas", jax.devices()[0], jnp.float32)
     x = jnp.zeros((1, 1, 2, 4))
-    with pytest.raises(
-        ValueError, match=r"attention='flash' must be one of \('xla', 'by_head', 'cudnn'\)"
-    ):
+    with pytest.raises(ValueError, match=r"attention='flash' must be one of \('xla', 'cudnn'\)"):
         attend(x, x, x, implementation="flash")
     with pytest.raises(ValueError, match=r"'cudnn' must have half-precision .* not float32; set"):
         attend(x, x, x, implementation="cudnn")
