@@ -47,12 +47,13 @@ def _rows(features, weight, targets, row_weights, temp):
     logits = jnp.einsum("nd,kd->nk", z, weight, preferred_element_type=jnp.float32)
     logits = shard_rows(logits, last="model")
     targets = shard_rows(targets.astype(jnp.float32).reshape(logits.shape), last="model")
-    row_max = logits.max(axis=-1)
-    exp_x = jnp.exp((logits - row_max[:, None]) / temp)
+    # Less the maximum, which leaves both results as they are: at any logits nothing large cancels.
+    x = (logits - logits.max(axis=-1, keepdims=True)) / temp
+    exp_x = jnp.exp(x)
     exp_sum, mass = _dot_rows(exp_x), _dot_rows(targets)
-    log_sum = jnp.log(exp_sum) + row_max / temp
-    cross_entropy = mass * log_sum - _dot_rows(targets, logits) / temp
-    entropy = log_sum - _dot_rows(exp_x, logits) / (temp * exp_sum)
+    log_sum = jnp.log(exp_sum)
+    cross_entropy = mass * log_sum - _dot_rows(targets, x)
+    entropy = log_sum - _dot_rows(exp_x, x) / exp_sum
     books = cross_entropy.reshape(row_shape), entropy.reshape(row_shape)
     loss = (row_weights * books[0]).sum()
     return (loss, books), (z, targets, exp_x, mass / exp_sum)

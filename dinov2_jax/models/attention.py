@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dinov2_jax.models import attention_pallas
 from dinov2_jax.models.layers import TokenDense
 
-IMPLEMENTATIONS = ("xla", "cudnn")
+IMPLEMENTATIONS = ("xla", "by_head", "pallas", "cudnn")
 
 
 def default_implementation() -> str:
@@ -37,11 +37,11 @@ def choose_implementation(name: str, device: jax.Device, dtype: jnp.dtype) -> st
 
     Args:
       name: "auto", "xla", "by_head", "pallas" or "cudnn".
-      device: one of those that will run it, which need not be of this machine.
+      device: one of those that will run it, which need not be of this machine (CPUs are).
       dtype: compute type of the network.
 
     Raises:
-      ValueError: `device` or `dtype` has no such implementation.
+      ValueError: `device`, `dtype` or the number of devices has no such implementation.
     """
     platform = device.platform
     is_gpu, is_bfloat16 = platform in ("gpu", "cuda"), jnp.dtype(dtype) == jnp.bfloat16
@@ -49,7 +49,7 @@ def choose_implementation(name: str, device: jax.Device, dtype: jnp.dtype) -> st
         if platform == "tpu":
             return "pallas"
         if platform == "cpu":
-            return default_implementation() if os.cpu_count() <= 2 else "xla"
+            return default_implementation() if num_cores() <= 2 else "xla"
         is_hopper = is_gpu and float(getattr(device, "compute_capability", 0)) >= 9
         return "cudnn" if is_hopper and is_bfloat16 else "xla"
     if name == "cudnn" and not (is_gpu and is_bfloat16):
@@ -59,7 +59,19 @@ def choose_implementation(name: str, device: jax.Device, dtype: jnp.dtype) -> st
         )
     if name == "pallas" and platform != "tpu":
         raise ValueError(f"attention='pallas' needs a TPU, not {platform}; use 'auto' or 'xla'")
+    if name == "by_head" and default_implementation() != "by_head":
+        raise ValueError(
+            "attention='by_head' needs one CPU device, or its loop would gather the images of all; "
+            f"there are {jax.device_count()} of {jax.default_backend()}; use 'auto' or 'xla'"
+        )
     return name
+
+
+def num_cores() -> int:
+    """Of this process."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Attention(nn.Module):

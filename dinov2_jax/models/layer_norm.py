@@ -73,7 +73,7 @@ def _normalize(x, scale, bias, dtype):
 
 
 def _backward(dtype, kept, grad):
-    x, scale, _ = kept
+    x, scale = kept
 
     def kernel(x, grad, scale):
         plan = _Plan(x)
@@ -92,7 +92,7 @@ def _backward(dtype, kept, grad):
 
 
 _normalize.defvjp(
-    lambda x, scale, bias, dtype: (_normalize(x, scale, bias, dtype), (x, scale, bias)), _backward
+    lambda x, scale, bias, dtype: (_normalize(x, scale, bias, dtype), (x, scale)), _backward
 )
 
 

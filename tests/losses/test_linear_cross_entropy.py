@@ -52,6 +52,31 @@ def test_value_and_gradients_are_those_of_the_plain_form(row_shape, scale):
     np.testing.assert_allclose(-3.0 * jax.jit(fused)(*case), got[0], rtol=1e-6)  # without gradient
 
 
+@pytest.mark.parametrize(("scale", "offset"), [(1, 0), (5, 0), (40, 0), (1, 300)])
+def test_many_prototypes_and_large_logits_keep_their_digits(scale, offset):
+    """Against float64 on the same logits: 16,384 of them, sharp, or far from 0 together."""
+    rng = np.random.default_rng(0)
+    features, weight = rng.normal(size=(1, 9, 16)), rng.normal(size=(16_384, 16))
+    features /= np.linalg.norm(features, axis=-1, keepdims=True)
+    weight *= scale / np.linalg.norm(weight, axis=-1, keepdims=True)
+    # A feature of 1 for the offset, which is exact.
+    features = np.float32(np.concatenate([features, np.ones((1, 9, 1))], axis=-1))
+    weight = np.float32(np.concatenate([weight, np.full((16_384, 1), offset)], axis=-1))
+    product = jax.jit(lambda z, w: jnp.einsum("nd,kd->nk", z, w))
+    logits = np.float64(product(features[0], weight))
+    targets = jax.nn.softmax(np.float32(logits - logits.max(axis=-1, keepdims=True)) / 0.4)
+    z = logits / TEMP
+    log_probs = z - z.max(axis=-1, keepdims=True)
+    log_probs -= np.log(np.exp(log_probs).sum(axis=-1, keepdims=True))
+    row_weights = np.ones((1, 9), np.float32)
+    _, (rows, entropy) = jax.jit(linear_cross_entropy)(
+        features, weight, targets[None], row_weights, TEMP
+    )
+    np.testing.assert_allclose(rows[0], -(np.float64(targets) * log_probs).sum(-1), rtol=1e-5)
+    want = -(np.exp(log_probs) * log_probs).sum(axis=-1)
+    np.testing.assert_allclose(entropy[0], want, rtol=1e-5, atol=1e-6)
+
+
 def test_a_wrong_target_weight_or_temperature_is_seen():
     """What the comparison above can tell apart: each mistake is at least 100 tolerances."""
     features, weight, targets, row_weights = case = draw()

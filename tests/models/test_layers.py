@@ -65,6 +65,24 @@ def test_mlp_formula():
     np.testing.assert_allclose(Mlp(8).apply({"params": params}, x), expected, atol=1e-5)
 
 
+def test_parts_are_those_of_the_whole_with_its_gradients():
+    """What SwiGLU takes on TPU: two products of halves of the one kernel."""
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    whole, halves = TokenDense(10), TokenDense(10, num_parts=2)
+    params = _random_params(whole, x)
+    jax.tree.map(
+        np.testing.assert_array_equal, *(m.init(jax.random.key(1), x) for m in (whole, halves))
+    )
+
+    def loss(module, params):
+        out = module.apply({"params": params}, x)
+        return (jnp.concatenate(out, axis=-1) if isinstance(out, tuple) else out) ** 2
+
+    np.testing.assert_allclose(loss(halves, params), loss(whole, params), rtol=1e-5, atol=1e-6)
+    grads = [jax.grad(lambda p, m=m: loss(m, p).sum())(params) for m in (whole, halves)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *grads)
+
+
 def test_swiglu_gate_is_the_first_half():
     x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
     params = _random_params(SwiGLU(8), x)
