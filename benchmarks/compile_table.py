@@ -109,7 +109,11 @@ def compile_candidate(cell: Cell, overrides: dict, *, limit_secs: float) -> dict
 
 
 def table(cache: dict[tuple[str, str], dict]) -> str:
-    """The table in Markdown: of each cell the candidate that did best."""
+    """The table in Markdown: of each cell the candidate that did best.
+
+    Cells of another revision than the last one compiled are marked: other code, other figures.
+    """
+    newest = list(cache.values())[-1]["revision"] if cache else ""
     rows = [
         "| cell | images a device | mesh d x f x m | remat | HBM, GiB | executed PFLOP | "
         "step, ms | MFU | most of the time |",
@@ -134,8 +138,9 @@ def table(cache: dict[tuple[str, str], dict]) -> str:
         mesh = " x ".join(str(size) for size in best["mesh"].values())
         images = best["global_batch_size"] // best["devices"]
         flops = f"{best['executed_flops'] / 1e15:.1f}"
+        name = cell.name + ("" if best["revision"] == newest else " †")
         rows.append(
-            f"| {cell.name} | {images} | {mesh} | {best['remat']} | {memory} | {flops} | {times} |"
+            f"| {name} | {images} | {mesh} | {best['remat']} | {memory} | {flops} | {times} |"
         )
     return "\n".join(rows)
 

@@ -156,7 +156,8 @@ def remat(flags, topology) -> None:
     """The gradient of a ViT-L's blocks for the global crops of 12 images, drop path on."""
     for policy in flags.policies:
         backbone = VisionTransformer(
-            **VARIANTS["vit_large"],
+            **(VARIANTS["vit_large"] | {"ffn": flags.ffn}),
+            layer_norm=flags.layer_norm,
             patch_size=14,
             dtype=jnp.bfloat16,
             remat=policy,
@@ -195,6 +196,8 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=65_536)
     parser.add_argument("--policies", nargs="+", default=["dots", "branches", "blocks"])
     parser.add_argument("--attention", default="pallas", help="of remat: pallas or xla")
+    parser.add_argument("--ffn", default="mlp", help="of remat: mlp or swiglu")
+    parser.add_argument("--layer_norm", default="xla", help="of remat: xla or pallas")
     parser.add_argument("--no_kernels", action="store_true", help="without their schedules")
     flags = parser.parse_args()
     topology = open_topology(flags.topology)
