@@ -68,7 +68,7 @@ def test_a_step_that_fits(tmp_path, capsys):
     assert figures["num_prototypes"] == 256
     # Of the topology, not of this machine.
     assert (figures["dtype"], figures["attention"]) == ("bfloat16", "pallas")
-    assert figures["heads"].startswith("in blocks") and figures["heads"] in out
+    assert figures["heads"].startswith("by kernels") and figures["heads"] in out
     assert sum(figures["hbm_bytes"].values()) == figures["hbm_peak_bytes"]
     assert 0 < figures["hbm_peak_bytes"] < figures["hbm_limit_bytes"] == TPUS["v5e"].hbm_bytes
     chip, seconds = TPUS["v5e"], figures["estimated_step_seconds"]

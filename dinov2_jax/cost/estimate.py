@@ -19,7 +19,7 @@ from dinov2_jax.cost.hlo import Collective, Instruction, Program
 PARTS = (
     ("augmentation", r"/augment/"),
     ("targets", r"/targets/"),
-    ("heads", r"DINOHead|/head/"),
+    ("heads", r"DINOHead|/head/|[/(]prototypes[/)]"),
     ("attention products", r"/attn/(qkv|proj)/"),
     ("attention", r"/attn/"),
     ("mlp", r"/mlp/"),

@@ -34,7 +34,8 @@ def linear_cross_entropy(
       The loss [], and for the books, without gradients, the cross-entropy and the entropy of
       softmax(features @ weight.T / temp), in nats, of each row `[s, ...]`. All float32.
     """
-    return _rows(features, weight, targets, row_weights, temp)[0]
+    with jax.named_scope("prototypes"):
+        return _rows(features, weight, targets, row_weights, temp)[0]
 
 
 def _rows(features, weight, targets, row_weights, temp):
@@ -70,6 +71,7 @@ def _dot_rows(x: Array, y: Array | None = None) -> Array:
     return jnp.einsum("nk,nk->n", x, y, precision="highest")
 
 
+@jax.named_scope("prototypes")
 def _forward(features, weight, targets, row_weights, temp):
     result, (z, targets, exp_x, scale) = _rows(features, weight, targets, row_weights, temp)
     row_scale = row_weights.reshape(-1) / temp

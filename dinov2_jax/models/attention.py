@@ -41,7 +41,7 @@ def choose_implementation(name: str, device: jax.Device, dtype: jnp.dtype) -> st
       dtype: compute type of the network.
 
     Raises:
-      ValueError: `device`, `dtype` or the number of devices has no such implementation.
+      ValueError: `device` or `dtype` has no such implementation.
     """
     platform = device.platform
     is_gpu, is_bfloat16 = platform in ("gpu", "cuda"), jnp.dtype(dtype) == jnp.bfloat16
@@ -59,11 +59,6 @@ def choose_implementation(name: str, device: jax.Device, dtype: jnp.dtype) -> st
         )
     if name == "pallas" and platform != "tpu":
         raise ValueError(f"attention='pallas' needs a TPU, not {platform}; use 'auto' or 'xla'")
-    if name == "by_head" and default_implementation() != "by_head":
-        raise ValueError(
-            "attention='by_head' needs one CPU device, or its loop would gather the images of all; "
-            f"there are {jax.device_count()} of {jax.default_backend()}; use 'auto' or 'xla'"
-        )
     return name
 
 
