@@ -17,6 +17,7 @@ import pathlib
 import jax
 import pytest
 
+from dinov2_jax.cost.topology import is_installed
 from dinov2_jax.workdir import workdir_path
 from tests import object_store
 from tests.small_run import run
@@ -26,6 +27,16 @@ from tests.small_run import run
 def key() -> jax.Array:
     """A jax PRNG key."""
     return jax.random.key(0)
+
+
+@pytest.fixture
+def libtpu():
+    """Skips without the TPU's compiler; with DINOV2_JAX_REQUIRE_LIBTPU=1 (CI) that is a failure."""
+    if not is_installed("libtpu"):
+        message = "NOTHING IS COMPILED FOR TPUS: pip install -e '.[test,tpu]'"
+        if os.environ.get("DINOV2_JAX_REQUIRE_LIBTPU") == "1":
+            pytest.fail(message, pytrace=False)
+        pytest.skip(message)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 
 import jax
@@ -12,17 +11,6 @@ from dinov2_jax import compile, config, startup
 from dinov2_jax.config import REPOSITORY
 from dinov2_jax.cost.chips import TPUS
 from dinov2_jax.cost.topology import Topology, is_installed, open_topology
-
-
-@pytest.fixture
-def libtpu():
-    """Skips without the TPU's compiler; with DINOV2_JAX_REQUIRE_LIBTPU=1 (CI) that is a failure."""
-    if not is_installed("libtpu"):
-        message = "THE COMPILE CHECK IS NOT TESTED: pip install -e '.[test,tpu]'"
-        if os.environ.get("DINOV2_JAX_REQUIRE_LIBTPU") == "1":
-            pytest.fail(message, pytrace=False)
-        pytest.skip(message)
-
 
 TINY = {
     "crops.global_crop_size_px": 28,

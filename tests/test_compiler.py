@@ -1,6 +1,5 @@
 """Presets name flags that XLA has; the cache lies where the user expects it."""
 
-import importlib.util
 import platform
 
 import jax
@@ -40,10 +39,7 @@ def test_flags_of_gpus_exist():
         lowered.compile(compiler_options={"xla_gpu_no_such_flag": True})
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="THE FLAGS OF TPUS ARE NOT CHECKED: pip install 'dinov2_jax[tpu]'",
-)
+@pytest.mark.usefixtures("libtpu")
 def test_flags_of_tpus_exist():
     device = open_topology("v5e:2x2").devices[0]
     x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=SingleDeviceSharding(device))

@@ -4,7 +4,6 @@ That losses and gradients by kernels are the dense ones: test_block_cross_entrop
 """
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -75,12 +74,6 @@ def test_many_rows_do_not_fit_the_smallest_chip(monkeypatch):
     assert not cross_entropy_pallas.fits(10_000, 256)
 
 
-needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="THE KERNELS ARE NOT COMPILED FOR TPU: pip install 'dinov2_jax[tpu]'",
-)
-
-
 def compile_step(mesh, *, k: int):
     """Targets, the iBOT loss of 600 rows and its gradient for prototypes that `model` cuts."""
     heads = BlockHeads(has_kernels=True)
@@ -119,7 +112,7 @@ def compile_step(mesh, *, k: int):
         return jax.jit(run).lower(params, params, features).compile()
 
 
-@needs_compiler
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_for_tpus(topology):
     """Five kernels on each of four chips, and nothing [rows, k]."""
@@ -129,7 +122,7 @@ def test_compiles_for_tpus(topology):
     assert "[600,2048]" not in text
 
 
-@needs_compiler
+@pytest.mark.usefixtures("libtpu")
 def test_memory_does_not_grow_with_the_prototypes():
     """Of gradients too large for the chip's vector memory, where they would count as nothing."""
     mesh = make_mesh(data=1, model=1, devices=open_topology("v5e:2x2").devices[:1])

@@ -4,7 +4,6 @@ Interpreted blocks hold NaN beyond the array: a kernel that lets its padding in 
 """
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -150,10 +149,7 @@ def test_dots_keeps_the_result_and_blocks_makes_it_again(interpreted, remat, run
     assert text.count("name=attention_backward") == 1
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="THE KERNELS ARE NOT COMPILED FOR TPU: pip install 'dinov2_jax[tpu]'",
-)
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("n", [5, 32, 50, 257, 1370])
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_for_tpus(topology, n):

@@ -1,7 +1,6 @@
 """The TPU kernel of layer normalisation, interpreted, against flax's; and compiled if possible."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -84,10 +83,7 @@ def test_wrong_choices():
         make_layer_norm("fast")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="THE KERNELS ARE NOT COMPILED FOR TPU: pip install 'dinov2_jax[tpu]'",
-)
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("shape", [(8, 50, 384), (8, 257, 1536), (8, 1370, 1536)], ids=str)
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_for_tpus(topology, shape):
