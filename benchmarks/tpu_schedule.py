@@ -163,7 +163,7 @@ def remat(flags, topology) -> None:
             remat=policy,
             attention=flags.attention,
             drop_path_rate=0.3,
-            drop_path_form="matmul",
+            drop_path_form=flags.drop_path_form,
         )
         images = jax.ShapeDtypeStruct((24, 224, 224, 3), jnp.float32)
         key = jax.eval_shape(lambda: jax.random.key(0))
@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--attention", default="pallas", help="of remat: pallas or xla")
     parser.add_argument("--ffn", default="mlp", help="of remat: mlp or swiglu")
     parser.add_argument("--layer_norm", default="xla", help="of remat: xla or pallas")
+    parser.add_argument("--drop_path_form", default="matmul", help="of remat: matmul or pallas")
     parser.add_argument("--no_kernels", action="store_true", help="without their schedules")
     flags = parser.parse_args()
     topology = open_topology(flags.topology)

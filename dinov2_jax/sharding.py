@@ -141,7 +141,8 @@ def leaf_spec(
     * prototypes (`last_layer/weight_*`, `[k, ...]`) and centers `[k]`: `k` over `model`, and over
       `fsdp` too if the tensor is large enough and `k` divides;
     * any other tensor of at least `min_size_to_shard` bytes (f32): its largest axis that `fsdp`
-      divides, but never the stacked layer axis of `blocks`, over which the forward pass scans;
+      divides, but never the stacked layer axis of `blocks`, over which the forward pass scans, nor
+      the columns of SwiGLU's two halves in one;
     * everything else is replicated.
 
     Example: `('teacher', 'backbone', 'blocks', 'mlp', 'fc1', 'kernel')`, `[24, 1024, 4096]` with
@@ -158,6 +159,9 @@ def leaf_spec(
         axes = [axis for axis in axes if mesh_shape[axis] > 1]
         return PartitionSpec(tuple(axes)) if axes else PartitionSpec()
     first = 1 if "blocks" in names else 0
+    if "w12" in names:
+        # Its halves are products of their own: cut by columns, they would have to be dealt anew.
+        shape = shape[:-1]
     candidates = [axis for axis in range(first, len(shape)) if shape[axis] % fsdp == 0]
     if fsdp == 1 or not is_large or not candidates:
         return PartitionSpec()

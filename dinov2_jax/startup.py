@@ -165,6 +165,7 @@ def build_network(config, device: jax.Device) -> Network:
     with as_config_error():
         attention = choose_implementation(config.attention, device, dtype)
         layer_norm = choose_layer_norm(config.layer_norm, device.platform)
+        drop_path_form = choose_form(config.drop_path_form, device.platform, layer_norm)
     sizes = dict(VARIANTS.get(model.variant, {}))
     sizes |= {name: model[name] for name in ("embed_dim", "depth", "num_heads") if model[name]}
     if sizes["embed_dim"] % sizes["num_heads"]:
@@ -184,7 +185,7 @@ def build_network(config, device: jax.Device) -> Network:
         in_channels=config.data.in_channels,
         drop_path_rate=model.drop_path_rate,
         drop_path_mode=model.drop_path_mode,
-        drop_path_form=choose_form(config.drop_path_form, device.platform),
+        drop_path_form=drop_path_form,
         dtype=dtype,
         remat=choose_remat(config.remat, device.platform),
         attention=attention,

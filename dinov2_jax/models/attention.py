@@ -84,8 +84,11 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps tokens `[b, n, d]` to `[b, n, d]`; every token attends to every other."""
+    def __call__(self, x: jax.Array, hands_out_bias: bool = False):
+        """Maps tokens `[b, n, d]` to `[b, n, d]`; every token attends to every other.
+
+        `hands_out_bias` is of the last layer, as in `TokenDense`.
+        """
         d = x.shape[-1]
         if d % self.num_heads:
             raise ValueError(
@@ -104,7 +107,7 @@ class Attention(nn.Module):
             x = attend(q, k, v, implementation="xla" if wants_kernel else self.implementation)
             x = rearrange(x, "b heads n hd -> b n (heads hd)")
         x = checkpoint_name(x, "attention")
-        return TokenDense(d, dtype=self.dtype, name="proj")(x)
+        return TokenDense(d, self.dtype, hands_out_bias, name="proj")(x)
 
 
 def split_heads(qkv: jax.Array, num_heads: int) -> jax.Array:

@@ -67,15 +67,11 @@ class Block(nn.Module):
         # Each branch of each array draws its own images.
         for norm, layer, scale in ((norm1, attn, ls1), (norm2, mlp, ls2)):
 
-            def branch(x, norm=norm, layer=layer):
-                return checkpoint_name(layer(norm(x)), "branch")
+            def named(tokens, layer=layer, **settings):
+                return checkpoint_name(layer(tokens, **settings), "branch")
 
-            xs = tuple(
-                shard_rows(
-                    add_residual(x, branch, scale=scale, drop_path=drop_path, make_key=make_key)
-                )
-                for x in xs
-            )
+            settings = dict(norm=norm, scale=scale, drop_path=drop_path, make_key=make_key)
+            xs = tuple(shard_rows(add_residual(x, named, **settings)) for x in xs)
         if slot is not None:
             collected = tuple(
                 jax.lax.dynamic_update_index_in_dim(buffer, x, slot, axis=0)

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from dinov2_jax.models.drop_path_pallas import join
+
 MODES = ("subset", "bernoulli")
-FORMS = ("gather", "matmul")
+FORMS = ("gather", "matmul", "pallas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +28,9 @@ class DropPath:
         replacement, and skips the work for the others; "bernoulli" computes it for all and keeps
         each with probability 1 - rate.
       num_groups: groups that the rows of every array fall into.
-      form: how "subset" takes the kept images out and puts them back: "gather", or "matmul" (by
-        products with one-hot rows, faster on TPU). The values are the same.
+      form: how "subset" takes the kept images out and puts them back: "gather", "matmul" (by
+        products with one-hot rows, faster on TPU) or "pallas" (by kernels for TPU, which normalise
+        and add as well). The values are the same, but for roundings of the last.
     """
 
     rate: float
@@ -44,10 +47,19 @@ class DropPath:
             raise ValueError(f"drop_path_form={self.form!r} must be one of {FORMS}; choose one")
 
 
-def choose_form(form: str, platform: str) -> str:
-    """The form that "auto" means on devices of a platform such as "tpu"; others stay."""
+def choose_form(form: str, platform: str, layer_norm: str) -> str:
+    """The form that "auto" means on devices of a platform such as "tpu"; others are checked.
+
+    Raises:
+      ValueError: the kernels on another platform, or without the kernel of layer normalisation.
+    """
     if form == "auto":
-        return "matmul" if platform == "tpu" else "gather"
+        return {"pallas": "pallas", "xla": "matmul"}[layer_norm] if platform == "tpu" else "gather"
+    if form == "pallas" and (platform != "tpu" or layer_norm != "pallas"):
+        raise ValueError(
+            f"drop_path_form='pallas' needs a TPU and layer_norm='pallas', not {platform} and "
+            f"{layer_norm!r}; use 'auto'"
+        )
     return form
 
 
@@ -56,27 +68,34 @@ def num_kept(rows: int, rate: float) -> int:
     return max(int(rows * (1 - rate)), 1)
 
 
+def _unchanged(x: jax.Array) -> jax.Array:
+    return x
+
+
 def _as_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
 
 
 def add_residual(
     x: jax.Array,
-    branch: Callable[[jax.Array], jax.Array],
+    layer: Callable[..., jax.Array],
     *,
+    norm: Callable[..., jax.Array] = _unchanged,
     scale: Callable[[jax.Array], jax.Array] = _as_float32,
     drop_path: DropPath | None,
     make_key: Callable[[], jax.Array],
 ) -> jax.Array:
-    """`x + scale(branch(x))`, with stochastic depth.
+    """`x + scale(layer(norm(x)))`, with stochastic depth.
 
     The residual of a kept image is scaled by rows / kept ("subset") or 1 / (1 - rate)
     ("bernoulli"): its expectation is that of the whole branch.
 
     Args:
       x: tokens `[(num_groups rows), n, d]`.
-      branch: maps tokens `[any, n, d]` to residuals of the same shape, image by image.
-      scale: maps residuals `[any, n, d]` to float32 ones, element by element, and 0 to 0. It
+      layer: maps tokens `[any, n, d]` to residuals of the same shape, image by image. If the form
+        is "pallas", with `hands_out_bias`, see `TokenDense`.
+      norm: likewise; a `KernelLayerNorm` if the form is "pallas".
+      scale: maps residuals `[any, n, d]` to float32 ones, by a factor for each of d. It
         comes after kept images are back in their places: in half precision half the bytes move.
       drop_path: None keeps everything.
       make_key: makes the key of the draw; called only if there is something to draw.
@@ -88,7 +107,7 @@ def add_residual(
       ValueError: the rows do not fall into equal groups.
     """
     if drop_path is None or drop_path.rate == 0:
-        return _add(x, scale(branch(x)))
+        return _add(x, scale(layer(norm(x))))
     num_groups = drop_path.num_groups
     if x.shape[0] % num_groups:
         raise ValueError(
@@ -98,17 +117,23 @@ def add_residual(
     if drop_path.mode == "bernoulli":
         keep_rate = 1 - drop_path.rate
         keep = jax.random.bernoulli(make_key(), keep_rate, (num_groups, rows))
-        return _add(x, scale(branch(x)) * rearrange(keep / keep_rate, "s q -> (s q) 1 1"))
+        factor = rearrange(keep / keep_rate, "s q -> (s q) 1 1")
+        return _add(x, scale(layer(norm(x))) * factor)
     kept = num_kept(rows, drop_path.rate)
     if kept == rows:
-        return _add(x, scale(branch(x)))
+        return _add(x, scale(layer(norm(x))))
     order = jnp.argsort(jax.random.uniform(make_key(), (num_groups, rows)), axis=1)
+    if drop_path.form == "pallas":
+        x, tokens = norm(x, order, kept)
+        residual, bias = layer(tokens, hands_out_bias=True)
+        gamma = scale(jnp.full((1, x.shape[-1]), rows / kept))
+        return join(x, residual, bias, gamma, order)
     if drop_path.form == "matmul":
         picks = jax.nn.one_hot(order[:, :kept], rows)  # [s, kept, q]
-        residual = branch(_multiply("skq, sqnd -> sknd", picks, x))
+        residual = layer(norm(_multiply("skq, sqnd -> sknd", picks, x)))
         return _add(x, scale(_multiply("skq, sknd -> sqnd", picks, residual)) * (rows / kept))
     chosen, rank = order[:, :kept], jnp.argsort(order, axis=1)  # rank inverts the order
-    residual = branch(take_rows(x, chosen, rank))  # [(num_groups kept), n, d]
+    residual = layer(norm(take_rows(x, chosen, rank)))  # [(num_groups kept), n, d]
     return _add(x, scale(put_rows(residual, chosen, rank)) * (rows / kept))
 
 

@@ -150,11 +150,11 @@ class Mlp(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps tokens `[b, n, d]` to `[b, n, d]`."""
+    def __call__(self, x: jax.Array, hands_out_bias: bool = False):
+        """Maps tokens `[b, n, d]` to `[b, n, d]`; the last bias as in `TokenDense`."""
         d = x.shape[-1]
         x = gelu(TokenDense(self.hidden_dim, dtype=self.dtype, name="fc1")(x))
-        return TokenDense(d, dtype=self.dtype, name="fc2")(x)
+        return TokenDense(d, self.dtype, hands_out_bias, name="fc2")(x)
 
 
 class SwiGLU(nn.Module):
@@ -164,8 +164,8 @@ class SwiGLU(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps tokens `[b, n, d]` to `[b, n, d]`."""
+    def __call__(self, x: jax.Array, hands_out_bias: bool = False):
+        """Maps tokens `[b, n, d]` to `[b, n, d]`; the last bias as in `TokenDense`."""
         d, num_parts = x.shape[-1], 1
         if platform() == "tpu":
             # In one array the halves are not whole tiles, and their gradients are put together in
@@ -173,7 +173,7 @@ class SwiGLU(nn.Module):
             num_parts = 2
         x = TokenDense(2 * self.hidden_dim, self.dtype, num_parts=num_parts, name="w12")(x)
         gate, value = jnp.split(x, 2, axis=-1) if num_parts == 1 else x
-        return TokenDense(d, dtype=self.dtype, name="w3")(nn.silu(gate) * value)
+        return TokenDense(d, self.dtype, hands_out_bias, name="w3")(nn.silu(gate) * value)
 
 
 def ffn_hidden_dim(embed_dim: int, mlp_ratio: float, ffn: str) -> int:

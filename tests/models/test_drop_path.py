@@ -194,10 +194,26 @@ def test_reference_subset(monkeypatch, key, rate):
     np.testing.assert_allclose(x + ours, theirs.numpy(), atol=1e-5)
 
 
-def test_auto_form_follows_the_devices():
-    forms = {platform: choose_form("auto", platform) for platform in ("cpu", "gpu", "tpu")}
-    assert forms == {"cpu": "gather", "gpu": "gather", "tpu": "matmul"}
-    assert choose_form("gather", "tpu") == "gather"
+@pytest.mark.parametrize(
+    ("form", "platform", "layer_norm", "expected"),
+    [
+        ("auto", "cpu", "xla", "gather"),
+        ("auto", "gpu", "xla", "gather"),
+        ("auto", "tpu", "pallas", "pallas"),
+        ("auto", "tpu", "xla", "matmul"),
+        ("gather", "tpu", "pallas", "gather"),
+        ("pallas", "tpu", "pallas", "pallas"),
+    ],
+)
+def test_the_choice_of_a_form(form, platform, layer_norm, expected):
+    assert choose_form(form, platform, layer_norm) == expected
+
+
+@pytest.mark.parametrize(("platform", "layer_norm"), [("cpu", "xla"), ("tpu", "xla")])
+def test_kernels_need_a_tpu_and_the_kernel_of_layer_normalisation(platform, layer_norm):
+    message = f"needs a TPU and layer_norm='pallas', not {platform} and 'xla'; use 'auto'"
+    with pytest.raises(ValueError, match=message):
+        choose_form("pallas", platform, layer_norm)
 
 
 def test_errors(key):

@@ -1,0 +1,156 @@
+"""Stochastic depth by the TPU kernels, interpreted, against gathers; and compiled if possible."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dinov2_jax.cost.topology import open_topology
+from dinov2_jax.models.block import Block
+from dinov2_jax.models.drop_path import DropPath
+from dinov2_jax.models.drop_path_pallas import fork, join
+from dinov2_jax.models.vit import VisionTransformer
+from dinov2_jax.sharding import BATCH_AXES, make_mesh, shard_rows
+
+FORMS = {"gather": "xla", "matmul": "xla", "pallas": "pallas"}  # and of layer normalisation
+
+
+def draw(groups, rows, n, d, dtype="float32"):
+    """A stream far from 0, some tokens of high norm; the gradient of what comes after."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(2, 1, (groups * rows, n, d))
+    x *= np.where(rng.random(x.shape[:-1]) < 0.1, 20, 1)[..., None]
+    return jnp.asarray(x, dtype), jnp.asarray(rng.normal(size=x.shape), dtype)
+
+
+@functools.cache
+def random_params(d, dtype, ffn):
+    block = Block(num_heads=1, ffn=ffn, layer_scale_init=0.5, dtype=jnp.dtype(dtype))
+    params = block.init(jax.random.key(0), ((jnp.zeros((1, 2, d)),), None), None, None)["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [
+        leaf + 0.3 * jax.random.normal(key, leaf.shape)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, moved)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def value_and_grads(form, groups, ffn, params, x, grad):
+    """A block's output, and the gradients of its parameters and of its input."""
+    norm, dtype = FORMS[form], x.dtype
+    block = Block(1, ffn, layer_scale_init=0.5, dtype=dtype, layer_norm=norm)
+    drop_path = DropPath(0.4, "subset", groups, form)
+
+    def run(params, x):
+        rngs = {"drop_path": jax.random.key(2)}
+        (out, _), _ = block.apply({"params": params}, ((x,), None), None, drop_path, rngs=rngs)
+        return out[0]
+
+    out, pull = jax.vjp(run, params, shard_rows(x))
+    return out, pull(grad)
+
+
+def assert_same(got, want, tolerance):
+    paths = jax.tree_util.tree_leaves_with_path(want)
+    for left, (path, right) in zip(jax.tree.leaves(got), paths, strict=True):
+        assert left.dtype == right.dtype
+        left, right = np.float32(left), np.float32(right)
+        far = np.abs(left - right).max()
+        assert far <= tolerance * np.abs(right).max(), (jax.tree_util.keystr(path), far)
+
+
+# Groups of several rows; one block of tokens, and several, the last of which reaches beyond.
+@pytest.mark.parametrize(
+    ("groups", "rows", "n", "ffn"), [(3, 5, 7, "mlp"), (2, 4, 6, "swiglu"), (1, 3, 330, "mlp")]
+)
+def test_equals_gathers(groups, rows, n, ffn):
+    case = (random_params(16, "float32", ffn), *draw(groups, rows, n, 16))
+    want = value_and_grads("gather", groups, ffn, *case)
+    assert_same(value_and_grads("pallas", groups, ffn, *case), want, 5e-6)
+
+
+def test_bfloat16_is_as_near_to_float32_as_products_are():
+    params = random_params(16, "float32", "mlp")
+    x, grad = draw(3, 5, 7, 16, "bfloat16")
+    exact = value_and_grads("gather", 3, "mlp", params, *(jnp.float32(a) for a in (x, grad)))
+    for form in ("matmul", "pallas"):
+        got = value_and_grads(form, 3, "mlp", params, x, grad)
+        assert got[0].dtype == got[1][1].dtype == jnp.bfloat16
+        assert_same(jax.tree.map(jnp.float32, got), exact, 2**-6)
+
+
+@pytest.mark.parametrize("groups", [8, 3])  # 3 groups are cut over no 4 devices: each takes all
+def test_on_a_mesh(groups):
+    case = (random_params(16, "float32", "mlp"), *draw(groups, 4, 5, 16))
+    want = value_and_grads("gather", groups, "mlp", *case)
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, model=2)):
+        assert_same(value_and_grads("pallas", groups, "mlp", *case), want, 5e-6)
+
+
+def test_the_stream_passes_dropped_images_untouched():
+    x, grad = draw(2, 5, 3, 8)
+    order = jnp.array([[4, 0, 2, 1, 3], [1, 3, 0, 2, 4]])
+    one = jnp.ones((1, 8))
+    (through, normal), pull = jax.vjp(lambda x: fork(x, one, one, order, 2, x.dtype), x)
+    np.testing.assert_array_equal(through, x)
+    taken = x[np.array([4, 0, 6, 8])]
+    centred = taken - taken.mean(axis=-1, keepdims=True)
+    np.testing.assert_allclose(normal, centred / taken.std(axis=-1, keepdims=True) + 1, atol=1e-5)
+    dropped = np.array([2, 1, 3, 5, 7, 9])
+    (dx,) = pull((grad, normal))
+    np.testing.assert_array_equal(dx[dropped], grad[dropped])
+    out = join(x, normal, one[0], one, order)
+    np.testing.assert_array_equal(out[dropped], x[dropped])
+    np.testing.assert_allclose(out[np.array([4, 0, 6, 8])], taken + normal, atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "branches", "blocks"])
+def test_a_backbone_and_its_gradient_are_the_same(remat):
+    sizes = dict(patch_size=7, embed_dim=32, depth=2, num_heads=2, pos_embed_grid=(2, 2))
+    images = (jnp.ones((6, 14, 14, 3)), jnp.linspace(0, 1, 12 * 49 * 3).reshape(12, 7, 7, 3))
+    results = []
+    for form in ("gather", "pallas"):
+        settings = dict(drop_path_rate=0.5, drop_path_form=form, layer_norm=FORMS[form])
+        model = VisionTransformer(**sizes, **settings, layer_scale_init=1.0, remat=remat)
+        params = jax.jit(model.init)(jax.random.key(1), images)
+
+        @jax.jit
+        @jax.value_and_grad
+        def loss(params, model=model):
+            rngs = {"drop_path": jax.random.key(3)}
+            outs = model.apply(params, images, train=True, num_groups=2, rngs=rngs)
+            return sum((out.patches**2 * out.cls[:, None]).mean() for out in outs)
+
+        results.append(loss(params))
+    assert_same(results[1], results[0], 2e-5)
+
+
+@pytest.mark.usefixtures("libtpu")
+@pytest.mark.parametrize("size", [(8, 50, 384), (8, 257, 1536), (8, 1370, 1536)], ids=str)
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_compiles_for_tpus(topology, size):
+    b, n, d = size
+    mesh = make_mesh(data=2, fsdp=2, devices=open_topology(topology).devices)
+    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    x = jax.ShapeDtypeStruct((b, n, d), jnp.bfloat16, sharding=rows)
+    order = jax.ShapeDtypeStruct((4, b // 4), jnp.int32, sharding=rows)
+    vector = jax.ShapeDtypeStruct((1, d), jnp.float32)
+
+    @jax.jit
+    def both(order, x, scale, bias, gamma, grad):
+        def run(x, scale, bias, gamma):
+            x, normal = fork(x, scale, bias, order, 1, x.dtype)
+            return shard_rows(join(x, normal, bias[0], gamma, order))
+
+        out, pull = jax.vjp(run, x, scale, bias, gamma)
+        return out, pull(grad)
+
+    with jax.set_mesh(mesh):
+        text = both.lower(order, x, vector, vector, vector, x).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 4
+    assert "all-gather" not in text and "all-to-all" not in text
