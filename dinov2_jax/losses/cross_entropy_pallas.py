@@ -18,6 +18,7 @@ from dinov2_jax.losses.pallas_tiles import (
     LANES,
     MIB,
     NOWHERE,
+    TILE,
     WIDE,
     accumulate,
     dot,
@@ -102,16 +103,15 @@ def _sum(x: Array) -> Array:
     return x.sum(axis=0, keepdims=True)
 
 
-def fits(n: int, d: int) -> bool:
-    """Whether `gradients` of n rows fits the vector memory of the TPU in use."""
+def rows_that_fit(d: int) -> int:
+    """Rows of one call of the gradients' kernel, by the vector memory of the TPU in use; or 0.
+
+    The features' gradient lies in it as a whole, twice.
+    """
     if not pltpu.is_tpu_device():
-        return True
-    return _gradient_vmem_bytes(n, d) <= pltpu.get_tpu_info().vmem_capacity_bytes
-
-
-def _gradient_vmem_bytes(n: int, d: int) -> int:
-    """The features' gradient lies in it as a whole, twice."""
-    return 8 * tiles(n)[0] * round_up(d, LANES) + pallas_tiles.vmem_bytes(d)
+        return 2**20
+    free = pltpu.get_tpu_info().vmem_capacity_bytes - pallas_tiles.vmem_bytes(d)
+    return max(0, free // (8 * round_up(d, LANES)) // TILE * TILE)
 
 
 def gradients(
@@ -131,7 +131,8 @@ def gradients(
     """Gradients for the features `[n, d]`, and for directions `[k, d]` and lengths `[k, 1]`.
 
     Those of the vectors become those of directions and lengths as soon as they are whole, tile by
-    tile, as `blocks.Prototypes.to_parameters` has it: nothing else `[k, d]` is written.
+    tile, as `blocks.Prototypes.to_parameters` has it: nothing else `[k, d]` is written, unless the
+    rows are too many for one call.
 
     Args:
       features .. temps: as in `row_sums`.
@@ -140,6 +141,31 @@ def gradients(
       mass: the targets' sums, `[n]`.
       cotangent: of the rows' cross-entropy, `[n]`.
     """
+    rows = features, target_features, target_rows, log_sum, mass, cotangent / temps[0]
+    size = -(-len(features) // -(-len(features) // rows_that_fit(features.shape[1])))
+    shared = prototypes, target_prototypes, log_scale, norms, temps
+    parts = [
+        _gradients(*jax.tree.map(lambda x, i=i: x[i : i + size], rows), *shared)
+        for i in range(0, len(features), size)
+    ]
+    grad_features, grad_directions, grad_lengths = zip(*parts, strict=True)
+    return jnp.concatenate(grad_features), (sum(grad_directions), sum(grad_lengths))
+
+
+def _gradients(
+    features,
+    target_features,
+    target_rows,
+    log_sum,
+    mass,
+    slope,
+    prototypes,
+    target_prototypes,
+    log_scale,
+    norms,
+    temps,
+) -> tuple[Array, Array, Array]:
+    """By one call of the kernel; `slope` is the cotangent over the student's temperature."""
     (n, d), k = features.shape, log_scale.shape[0]
     (size_n, tile_n), (size_k, tile_k) = tiles(n), tiles(k, multiple=2)
     halves = min(2, size_k // tile_k)  # for chips whose device has two cores
@@ -168,7 +194,7 @@ def gradients(
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=_gradient_vmem_bytes(n, d),
+            vmem_limit_bytes=8 * size_n * round_up(d, LANES) + pallas_tiles.vmem_bytes(d),
         ),
         cost_estimate=pallas_tiles.cost(
             size_n, size_k, d, products=4, exps=2, num_bytes=features_bytes + 3 * 4 * size_k * d
@@ -177,13 +203,10 @@ def gradients(
         name="prototypes_gradients",
     )(
         pallas_tiles.scalars(1 / temps[0], 1 / temps[1]),
-        *_row_arrays(
-            size_n, features, target_features, target_rows, log_sum, mass, cotangent / temps[0]
-        ),
+        *_row_arrays(size_n, features, target_features, target_rows, log_sum, mass, slope),
         *_prototype_arrays(size_k, prototypes, target_prototypes, log_scale, (norms, 1.0)),
     )
-    grads = grad_directions[:k], grad_lengths[0, :k, None]
-    return grad_features.sum(axis=0)[:n], grads
+    return grad_features.sum(axis=0)[:n], grad_directions[:k], grad_lengths[0, :k, None]
 
 
 def _gradient_kernel(inverse_temps, z_ref, zt_ref, rows_ref, *refs, tile_n: int):

@@ -66,12 +66,12 @@ def test_tiles_cover_with_little_padding(size, multiple):
     assert padded - size < multiple * pallas_tiles.TILE
 
 
-def test_many_rows_do_not_fit_the_smallest_chip(monkeypatch):
-    chip = type("Chip", (), {"vmem_capacity_bytes": 32 * 2**20})
+@pytest.mark.parametrize(("mib", "rows"), [(16, 0), (32, 5120), (64, 21_504), (128, 54_272)])
+def test_rows_of_a_call_are_whole_tiles_of_what_the_vector_memory_holds(monkeypatch, mib, rows):
+    chip = type("Chip", (), {"vmem_capacity_bytes": mib * 2**20})
     monkeypatch.setattr(cross_entropy_pallas.pltpu, "is_tpu_device", lambda: True)
     monkeypatch.setattr(cross_entropy_pallas.pltpu, "get_tpu_info", lambda: chip)
-    assert cross_entropy_pallas.fits(1000, 256)
-    assert not cross_entropy_pallas.fits(10_000, 256)
+    assert cross_entropy_pallas.rows_that_fit(256) == rows
 
 
 def compile_step(mesh, *, k: int):
