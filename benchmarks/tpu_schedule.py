@@ -5,7 +5,7 @@ for kernels the bundles of their final schedule, once per grid step. No hardware
 
     python -m benchmarks.tpu_schedule attention [--topology v5e:2x2] [--tokens 257 --images 32]
     python -m benchmarks.tpu_schedule prototypes [--topology v5e:2x2] [--rows 2450 --k 65536]
-    python -m benchmarks.tpu_schedule drop_path
+    python -m benchmarks.tpu_schedule drop_path [--tokens 257 --width 1024]
     python -m benchmarks.tpu_schedule remat
 """
 
@@ -29,9 +29,22 @@ from dinov2_jax.losses.head_modes import BlockHeads, DenseHeads
 from dinov2_jax.losses.pallas_tiles import WIDE, tiles
 from dinov2_jax.models.attention import attend, split_heads
 from dinov2_jax.models.attention_pallas import grid_steps, self_attention
-from dinov2_jax.models.drop_path import DropPath, add_residual
+from dinov2_jax.models.drop_path import DropPath, add_residual, num_kept
+from dinov2_jax.models.drop_path_pallas import fork
+from dinov2_jax.models.layer_norm_pallas import block_rows, normalize
 from dinov2_jax.models.vit import VARIANTS, VisionTransformer
 from dinov2_jax.sharding import BATCH_AXES, make_mesh, shard_rows
+
+# Kernels whose grids are over other tiles: wider ones of rows; all images, not the kept ones.
+WIDE_KERNELS = (
+    "prototypes_max",
+    "prototypes_sum",
+    "prototypes_cross_entropy",
+    "drop_path_join",
+    "drop_path_fork_backward",
+)
+DROP_PATH_RATE = 0.4
+KINDS = ("products", "kernels", "copies", "other", "collectives")
 
 
 def compile_for(topology, num_devices: int, function, *arguments: jax.ShapeDtypeStruct):
@@ -78,8 +91,12 @@ def attention(flags, topology) -> None:
 
 def kernels(flags, topology) -> None:
     """Compiles the kernels again in a process that writes their schedules out."""
+    wide_steps = 0
     if flags.what == "attention":
         steps = grid_steps(flags.images, flags.tokens, flags.width, 64)
+    elif flags.what == "drop_path":
+        blocks = -(-flags.tokens // block_rows(flags.tokens))
+        steps, wide_steps = num_kept(32, DROP_PATH_RATE) * blocks, 32 * blocks
     else:
         (rows, row_tile), (wide_rows, wide_tile), (k, k_tile) = (
             tiles(flags.rows),
@@ -100,8 +117,7 @@ def kernels(flags, topology) -> None:
             if not name or (name[0], bundles[1]) in seen:
                 continue
             seen.add((name[0], bundles[1]))
-            is_wide = name[0] in ("prototypes_max", "prototypes_sum", "prototypes_cross_entropy")
-            times = wide_steps if is_wide else steps
+            times = wide_steps if name[0] in WIDE_KERNELS else steps
             ms = 1e3 * int(bundles[1]) * times / topology.chip.clock_hz
             print(f"{name[0]}: {bundles[1]} bundles x {times} grid steps = {ms:.2f} ms")
 
@@ -128,28 +144,40 @@ def prototypes(flags, topology) -> None:
 
 
 def drop_path(flags, topology) -> None:
-    x = jax.ShapeDtypeStruct((128, 257, 1024), jnp.bfloat16)
-    gamma = jax.ShapeDtypeStruct((1024,), jnp.float32)
-    for form in ("gather", "matmul"):
-        drop = DropPath(0.4, "subset", len(topology.devices), form)
+    """Layer normalisation, an empty branch and the residual, with gradients: 32 images a chip."""
+    x = jax.ShapeDtypeStruct((32 * len(topology.devices), flags.tokens, flags.width), jnp.bfloat16)
+    vectors = [jax.ShapeDtypeStruct((flags.width,), jnp.float32)] * 4
+    for form in ("pallas",) if flags.no_kernels else ("gather", "matmul", "pallas"):
+        drop = DropPath(DROP_PATH_RATE, "subset", len(topology.devices), form)
 
-        def both(x, gamma, grad, drop=drop):
-            def run(x, gamma):
-                added = add_residual(
-                    x,
-                    lambda kept: kept,
-                    scale=lambda residual: residual * gamma,
-                    drop_path=drop,
-                    make_key=lambda: jax.random.key(0),
-                )
-                return shard_rows(added)
+        def run(x, scale, bias, last_bias, gamma, drop=drop):
+            def norm(x, *order):
+                function = fork if order else normalize
+                return function(x, scale[None], bias[None], *order, x.dtype)
 
-            out, vjp = jax.vjp(run, x, gamma)
-            return out, jax.tree.map(lambda g: shard_rows(g) if g.ndim > 2 else g, vjp(grad))
+            def layer(tokens, hands_out_bias=False):
+                if hands_out_bias:
+                    return tokens, last_bias
+                return tokens + last_bias.astype(tokens.dtype)
 
-        compiled = compile_for(topology, len(topology.devices), both, x, gamma, x)
-        found = re.findall(r"= (\S+?)\{\S* (all-\w+|collective-\w+)\(", compiled.as_text())
-        print(f"{form}: {visible_ms(compiled, topology):.2f} ms a device, collectives: {found}")
+            added = add_residual(
+                x,
+                layer,
+                norm=norm,
+                scale=lambda residual: residual * gamma,
+                drop_path=drop,
+                make_key=lambda: jax.random.key(0),
+            )
+            return shard_rows(added)
+
+        def both(x, grad, *vectors, run=run):
+            out, pull = jax.vjp(run, x, *vectors)
+            return out, jax.tree.map(lambda g: shard_rows(g) if g.ndim > 2 else g, pull(grad))
+
+        compiled = compile_for(topology, len(topology.devices), both, x, x, *vectors)
+        found = estimate(Program(compiled.as_text()), topology.chip)
+        ms = {kind: 1e3 * sum(r.seconds for r in found.rows if r.kind == kind) for kind in KINDS}
+        print(f"{form}:", *(f"{kind} {x:.2f} ms" for kind, x in ms.items()), flush=True)
 
 
 def remat(flags, topology) -> None:
@@ -203,7 +231,7 @@ def main() -> None:
     flags = parser.parse_args()
     topology = open_topology(flags.topology)
     {f.__name__: f for f in (attention, prototypes, drop_path, remat)}[flags.what](flags, topology)
-    if flags.what in ("attention", "prototypes") and not flags.no_kernels:
+    if flags.what != "remat" and not flags.no_kernels:
         kernels(flags, topology)
 
 

@@ -194,13 +194,8 @@ def build_network(config, device: jax.Device) -> Network:
     )
 
     def head(settings) -> DINOHead:
-        return DINOHead(
-            num_prototypes=settings.num_prototypes,
-            hidden_dim=settings.hidden_dim,
-            bottleneck_dim=settings.bottleneck_dim,
-            num_layers=settings.num_layers,
-            dtype=dtype,
-        )
+        names = ("num_prototypes", "hidden_dim", "bottleneck_dim", "num_layers")
+        return DINOHead(**{name: settings[name] for name in names}, dtype=dtype)
 
     is_separate = config.ibot.separate_head and config.ibot.loss_weight > 0
     needs_dino = config.dino.loss_weight > 0 or not is_separate

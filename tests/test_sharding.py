@@ -53,6 +53,8 @@ BIG = 2**20
             (1, 8, 1),
             P(None, "fsdp"),
         ),
+        # SwiGLU's halves in one: never the columns, which are split
+        ("teacher/backbone/blocks/mlp/w12/kernel", (40, 1536, 8192), (1, 8, 1), P(None, "fsdp")),
         ("teacher/backbone/blocks/attn/qkv/kernel", (24, 1026, 3075), (1, 8, 1), P()),
         ("student/backbone/blocks/norm1/scale", (24, 1024), (1, 8, 1), P()),  # too small
         ("student/dino_head/last_layer/weight_v", (131072, 384), (1, 4, 2), P(("model", "fsdp"))),

@@ -48,7 +48,7 @@ def fork(x, scale, bias, order, kept: int, dtype) -> tuple[jax.Array, jax.Array]
         normal = jax.ShapeDtypeStruct((kept * order.shape[0], *x.shape[1:]), dtype)
         return plan.call(
             _fork_kernel,
-            name="fork_forward",
+            name="drop_path_fork",
             operands=[(x, plan.stream), (scale, plan.vector), (bias, plan.vector)],
             results=[(normal, plan.branch)],
         )
@@ -63,7 +63,7 @@ def _fork_backward(kept, dtype, saved, grads):
         plan = _Plan(order, x, kept, grid_of="all")
         return plan.call(
             functools.partial(_fork_backward_kernel, kept=kept, num_rows=x.shape[1]),
-            name="fork_backward",
+            name="drop_path_fork_backward",
             operands=[
                 (x, plan.stream_of_kept),
                 (through, plan.stream),
@@ -107,7 +107,7 @@ def join(x, residual, bias, gamma, order) -> jax.Array:
         plan = _Plan(order, x, kept, grid_of="all")
         return plan.call(
             functools.partial(_join_kernel, kept=kept),
-            name="join_forward",
+            name="drop_path_join",
             operands=[(x, plan.stream), (residual, plan.branch), (gamma, plan.vector)],
             results=[(x, plan.stream)],
         )
@@ -124,7 +124,7 @@ def _join_backward(saved, grad):
         sums = (plan.sums_shape, plan.sums)
         return plan.call(
             functools.partial(_join_backward_kernel, num_rows=grad.shape[1]),
-            name="join_backward",
+            name="drop_path_join_backward",
             operands=[(grad, plan.stream), (residual, plan.branch), (gamma, plan.vector)],
             results=[(residual, plan.branch), sums, sums],
         )
