@@ -61,7 +61,7 @@ class Cell:
         common["mesh.fsdp"] = {"s": 1, "b": 1, "l": 16, "g": 16}[letter]
         if self.model == "g518":
             common["crops.global_crop_size_px"] = 518
-        return [{**common, "remat": remat} for remat in ("branches", "blocks")]
+        return [{**common, "remat": remat} for remat in ("branches", "dots")]
 
 
 def cells() -> list[Cell]:

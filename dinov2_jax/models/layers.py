@@ -50,6 +50,19 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
     return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
+@jax.custom_vjp
+def _apart(x: jax.Array) -> jax.Array:
+    """The same array, which TPU's XLA then writes, not computes anew in the products that read it.
+
+    A product of something computed on the way may take twice as long: SwiGLU of ViT-L has 12.1 ms
+    for 13.6 on v6e with it by the compiler's cycles, forwards and backwards.
+    """
+    return jax.lax.optimization_barrier(x) if platform() == "tpu" else x
+
+
+_apart.defvjp(lambda x: (_apart(x), None), lambda _, grad: (grad,))
+
+
 class TokenDense(nn.Module):
     """A linear layer on tokens; kernel N(0, 0.02), bias 0.
 
@@ -153,7 +166,7 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array, hands_out_bias: bool = False):
         """Maps tokens `[b, n, d]` to `[b, n, d]`; the last bias as in `TokenDense`."""
         d = x.shape[-1]
-        x = gelu(TokenDense(self.hidden_dim, dtype=self.dtype, name="fc1")(x))
+        x = _apart(gelu(TokenDense(self.hidden_dim, dtype=self.dtype, name="fc1")(x)))
         return TokenDense(d, self.dtype, hands_out_bias, name="fc2")(x)
 
 
@@ -173,7 +186,7 @@ class SwiGLU(nn.Module):
             num_parts = 2
         x = TokenDense(2 * self.hidden_dim, self.dtype, num_parts=num_parts, name="w12")(x)
         gate, value = jnp.split(x, 2, axis=-1) if num_parts == 1 else x
-        return TokenDense(d, self.dtype, hands_out_bias, name="w3")(nn.silu(gate) * value)
+        return TokenDense(d, self.dtype, hands_out_bias, name="w3")(_apart(nn.silu(gate) * value))
 
 
 def ffn_hidden_dim(embed_dim: int, mlp_ratio: float, ffn: str) -> int:

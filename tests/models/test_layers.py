@@ -1,5 +1,6 @@
 """The parts of a block against formulas, and their initial distributions."""
 
+import functools
 import math
 
 import jax
@@ -81,6 +82,23 @@ def test_parts_are_those_of_the_whole_with_its_gradients():
     np.testing.assert_allclose(loss(halves, params), loss(whole, params), rtol=1e-5, atol=1e-6)
     grads = [jax.grad(lambda p, m=m: loss(m, p).sum())(params) for m in (whole, halves)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *grads)
+
+
+@pytest.mark.parametrize("ffn", [Mlp, SwiGLU])
+def test_the_hidden_layer_is_written_on_tpu_and_the_same(monkeypatch, ffn):
+    x, layer = jax.random.normal(jax.random.key(0), (2, 3, 8)), ffn(hidden_dim=16)
+    params = _random_params(layer, x)
+
+    def run():
+        loss = lambda params: (layer.apply({"params": params}, x) ** 2).sum()  # noqa: E731
+        return str(jax.make_jaxpr(loss)(params)), jax.value_and_grad(loss)(params)
+
+    program, want = run()
+    assert "optimization_barrier" not in program
+    monkeypatch.setattr("dinov2_jax.models.layers.platform", lambda: "tpu")
+    program, got = run()
+    assert "optimization_barrier" in program
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)
 
 
 def test_swiglu_gate_is_the_first_half():
