@@ -48,7 +48,7 @@ def test_what_is_done_is_not_done_again(monkeypatch, tmp_path):
         tried.append((cell.name, overrides["remat"]))
         if len(tried) == 3:
             raise KeyboardInterrupt
-        secs = {"branches": 2.0, "blocks": 1.0}[overrides["remat"]]
+        secs = {"branches": 2.0, "dots": 1.0}[overrides["remat"]]
         figures = dict(hbm_peak_bytes=2**30, hbm_limit_bytes=2**34, executed_flops=1e15)
         figures |= dict(estimated_step_seconds=secs, estimated_mfu=0.5, devices=64)
         figures |= dict(seconds_by_part={"mlp": {"products": secs}}, mesh={"data": 64, "fsdp": 1})
@@ -64,10 +64,10 @@ def test_what_is_done_is_not_done_again(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         compile_table.main()
     first, second = "s v5e:8x8", "s v6e:8x8"
-    done, left = [(name, "branches") for name in (first, second)], (second, "blocks")
-    assert tried == [*done, (first, "blocks")]
+    done, left = [(name, "branches") for name in (first, second)], (second, "dots")
+    assert tried == [*done, (first, "dots")]
     compile_table.main()
-    assert tried[3:] == [(first, "blocks"), left]
+    assert tried[3:] == [(first, "dots"), left]
     rows = [json.loads(text) for text in compile_table.CACHE.read_text().splitlines()]
     assert [(row["cell"], row["remat"]) for row in rows] == [*done, *tried[3:]]
     # The faster of the two is in the table.
