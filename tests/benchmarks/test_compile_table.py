@@ -72,5 +72,5 @@ def test_what_is_done_is_not_done_again(monkeypatch, tmp_path):
     assert [(row["cell"], row["remat"]) for row in rows] == [*done, *tried[3:]]
     # The faster of the two is in the table.
     text = page.read_text()
-    assert f"| {first} | 32 | 64 x 1 | blocks | 1.0 of 16.0 | 1.0 | 1000 | 50.0% |" in text
+    assert f"| {first} | 32 | 64 x 1 | dots | 1.0 of 16.0 | 1.0 | 1000 | 50.0% |" in text
     assert text.startswith("before") and text.endswith("after")

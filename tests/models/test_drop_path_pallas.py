@@ -78,10 +78,16 @@ def test_bfloat16_is_as_near_to_float32_as_products_are():
     params = random_params(16, "float32", "mlp")
     x, grad = draw(3, 5, 7, 16, "bfloat16")
     exact = value_and_grads("gather", 3, "mlp", params, *(jnp.float32(a) for a in (x, grad)))
-    for form in ("matmul", "pallas"):
+
+    def errors(form):
         got = value_and_grads(form, 3, "mlp", params, x, grad)
         assert got[0].dtype == got[1][1].dtype == jnp.bfloat16
-        assert_same(jax.tree.map(jnp.float32, got), exact, 2**-6)
+        pairs = zip(*map(jax.tree.leaves, (got, exact)), strict=True)
+        return np.array([np.linalg.norm(np.float32(a) - b) / np.linalg.norm(b) for a, b in pairs])
+
+    by_products, by_kernels = errors("matmul"), errors("pallas")
+    assert by_kernels.mean() < 1.1 * by_products.mean()
+    assert (by_kernels < 1.5 * by_products).all()
 
 
 @pytest.mark.parametrize("groups", [8, 3])  # 3 groups are cut over no 4 devices: each takes all
