@@ -137,16 +137,16 @@ def check(
             held = sharding.bytes_per_device(arguments, shardings)
             compiled, memory = None, memory_of_failure(str(error), chip, argument_bytes=held)
     flops = workload.count_flops(config, trainer.network)
-    num_devices = mesh.devices.size
+    num_devices, backbone = mesh.devices.size, trainer.network.backbone
+    forms = ("remat", "attention", "layer_norm", "drop_path_form")
     figures = {
         "topology": topology.name,
         "slices": topology.num_slices,
         "mesh": dict(mesh.shape),
-        "remat": trainer.network.backbone.remat,
-        "attention": trainer.network.backbone.attention,
+        **{name: getattr(backbone, name) for name in forms},
         "heads": startup.describe_heads(config, mesh)[0],
         "grad_accumulation_steps": config.grad_accumulation_steps,
-        "dtype": str(jnp.dtype(trainer.network.backbone.dtype)),
+        "dtype": str(jnp.dtype(backbone.dtype)),
         "fits": memory.fits,
         "global_batch_size": config.global_batch_size,
         "group_size": config.group_size,
