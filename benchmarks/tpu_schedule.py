@@ -5,7 +5,7 @@ for kernels the bundles of their final schedule, once per grid step. No hardware
 
     python -m benchmarks.tpu_schedule attention [--topology v5e:2x2] [--tokens 257 --images 32]
     python -m benchmarks.tpu_schedule prototypes [--topology v5e:2x2] [--rows 2450 --k 65536]
-    python -m benchmarks.tpu_schedule drop_path [--tokens 257 --width 1024]
+    python -m benchmarks.tpu_schedule drop_path [--tokens 257 --images 32]
     python -m benchmarks.tpu_schedule remat
 """
 
@@ -96,7 +96,7 @@ def kernels(flags, topology) -> None:
         steps = grid_steps(flags.images, flags.tokens, flags.width, 64)
     elif flags.what == "drop_path":
         blocks = -(-flags.tokens // block_rows(flags.tokens))
-        steps, wide_steps = num_kept(32, DROP_PATH_RATE) * blocks, 32 * blocks
+        steps, wide_steps = num_kept(flags.images, DROP_PATH_RATE) * blocks, flags.images * blocks
     else:
         (rows, row_tile), (wide_rows, wide_tile), (k, k_tile) = (
             tiles(flags.rows),
@@ -144,8 +144,10 @@ def prototypes(flags, topology) -> None:
 
 
 def drop_path(flags, topology) -> None:
-    """Layer normalisation, an empty branch and the residual, with gradients: 32 images a chip."""
-    x = jax.ShapeDtypeStruct((32 * len(topology.devices), flags.tokens, flags.width), jnp.bfloat16)
+    """Layer normalisation, an empty branch and the residual, with gradients: `images` a chip."""
+    x = jax.ShapeDtypeStruct(
+        (flags.images * len(topology.devices), flags.tokens, flags.width), jnp.bfloat16
+    )
     vectors = [jax.ShapeDtypeStruct((flags.width,), jnp.float32)] * 4
     for form in ("pallas",) if flags.no_kernels else ("gather", "matmul", "pallas"):
         drop = DropPath(DROP_PATH_RATE, "subset", len(topology.devices), form)
@@ -226,7 +228,9 @@ def main() -> None:
     parser.add_argument("--attention", default="pallas", help="of remat: pallas or xla")
     parser.add_argument("--ffn", default="mlp", help="of remat: mlp or swiglu")
     parser.add_argument("--layer_norm", default="xla", help="of remat: xla or pallas")
-    parser.add_argument("--drop_path_form", default="matmul", help="of remat: matmul or pallas")
+    parser.add_argument(
+        "--drop_path_form", default="matmul", help="of remat; pallas with its layer_norm"
+    )
     parser.add_argument("--no_kernels", action="store_true", help="without their schedules")
     flags = parser.parse_args()
     topology = open_topology(flags.topology)

@@ -156,7 +156,8 @@ def get_config() -> ConfigDict:
     # auto | xla | pallas (TPU): the blocks' layer normalisation; auto is pallas on TPU.
     config.layer_norm = "auto"
     # auto | gather | matmul (with one-hot rows) | pallas (TPU, with layer_norm pallas): how the
-    # subset drop path takes images out and puts them back; auto is pallas on TPU, gather elsewhere.
+    # subset drop path takes images out and puts them back; auto is pallas on TPU (matmul where
+    # layer_norm is xla) and gather elsewhere.
     config.drop_path_form = "auto"
     # Prototype losses: dense (logits [rows, k]) | blocks (of prototypes: memory does not grow with
     # k) | pallas (blocks by kernels; TPU) | auto (pallas on TPU, and elsewhere blocks where dense

@@ -163,7 +163,10 @@ def estimate_logit_bytes(
     masked_tokens: float,
     num_prototypes: Sequence[int],
 ) -> int:
-    """What dense heads keep on one device: targets of the batch, logits of a micro-batch, in f32.
+    """What dense heads keep on one device, in float32.
+
+    The targets of the whole batch; and of a micro-batch, both losses at once, each student row's
+    target, logits and their exponentials (those of iBOT's only micro-batch are the batch's).
 
     Args:
       images: on one device, in all micro-batches.
@@ -172,8 +175,9 @@ def estimate_logit_bytes(
       masked_tokens: of one global crop, on average.
       num_prototypes: on one device, of the DINO and the iBOT head; 0: no such loss.
     """
-    dino_rows = 2 + (2 + num_local_crops) / num_micro_batches
-    ibot_rows = 2 * masked_tokens * (1 + 1 / num_micro_batches)
+    dino_rows = 2 + 3 * (2 + num_local_crops) / num_micro_batches
+    arrays = 2 if num_micro_batches == 1 else 3
+    ibot_rows = 2 * masked_tokens * (1 + arrays / num_micro_batches)
     dino, ibot = num_prototypes
     return int(4 * images * (dino_rows * dino + ibot_rows * ibot))
 

@@ -26,7 +26,8 @@ def make_mesh(
     """Builds the mesh `('data', 'fsdp', 'model')` over all devices.
 
     Devices of several slices (which the data centre's network joins) are cut by `data`, so that
-    only gradients and sums cross from slice to slice.
+    only gradients and sums cross from slice to slice. Of GPUs each host is a slice: `data` cuts
+    them if it can, and otherwise the other axes go over hosts too.
 
     Args:
       data, fsdp, model: devices on each axis; one of them may be -1, which takes what is left.
@@ -50,7 +51,7 @@ def make_mesh(
             f"{len(devices)}; set one of mesh.data, mesh.fsdp, mesh.model to -1 to fill up"
         )
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if sizes["data"] % num_slices:
+    if sizes["data"] % num_slices and devices[0].platform == "tpu":
         raise ValueError(
             f"mesh {sizes} on {num_slices} slices: mesh.data must be a multiple of the slices, over"
             " which it alone is cut; lower mesh.fsdp or mesh.model"
@@ -58,10 +59,10 @@ def make_mesh(
     # Axes need not be whole sides of the torus, which jax.make_mesh grants to v5e alone: an axis of
     # 16 on v6e:8x8 is a side and a quarter of the other. Whole sides are still tried first.
     options = {"devices": devices, "allow_split_physical_axes": True}
-    shape = (sizes["data"] // num_slices, sizes["fsdp"], sizes["model"])
-    if num_slices == 1:
-        grid = mesh_utils.create_device_mesh(shape, **options)
+    if num_slices == 1 or sizes["data"] % num_slices:
+        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), **options)
     else:
+        shape = (sizes["data"] // num_slices, sizes["fsdp"], sizes["model"])
         grid = mesh_utils.create_hybrid_device_mesh(shape, (num_slices, 1, 1), **options)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 

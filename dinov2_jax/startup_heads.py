@@ -39,10 +39,10 @@ def logit_bytes(config, mesh: Mesh) -> int:
 
 
 def describe_heads(config, mesh: Mesh) -> tuple[str, int]:
-    """The way in words, and the bytes of logits that it keeps on one device."""
+    """The way in words, and the bytes of targets and logits that it keeps on one device."""
     num_bytes = logit_bytes(config, mesh)
     heads = build_heads(config, mesh)
     if isinstance(heads, BlockHeads):
         way = "by kernels" if heads.has_kernels else "in blocks"
-        return f"{way}: {report.megabytes(num_bytes)} of logits are never kept", 0
-    return f"dense: about {report.megabytes(num_bytes)} of logits a device", num_bytes
+        return f"{way}: {report.megabytes(num_bytes)} of targets and logits are never kept", 0
+    return f"dense: about {report.megabytes(num_bytes)} of targets and logits a device", num_bytes

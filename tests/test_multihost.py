@@ -79,7 +79,8 @@ def descendants(pid: int) -> list[int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_a_signal_to_one_host_stops_both_and_any_number_goes_on(two, cache, tmp_path):
     """All that runs on it gets the signal, the data workers too, whose batches are still needed."""
-    process = launch(tmp_path, cache, loader__num_workers=1, loader__prefetch_batches=1)
+    cut = dict(mesh__fsdp=8, mesh__min_size_to_shard_mb=0)  # each host holds half of every leaf
+    process = launch(tmp_path, cache, loader__num_workers=1, loader__prefetch_batches=1, **cut)
     metrics = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 400
     while not (metrics.exists() and '"step": 2,' in metrics.read_text()):
@@ -115,10 +116,14 @@ def test_two_processes_go_on_with_a_run_of_one(two, cache, tmp_path, monkeypatch
         patch.setattr(loop.Loop, "save", save_and_die)
         with pytest.raises(Killed):
             run(tmp_path, **SETTINGS)
-    process = launch(tmp_path, cache)
+    # Cut over both hosts, prototypes too; the last step's evaluation and teacher gather it.
+    cut = dict(mesh__fsdp=4, mesh__model=2, mesh__min_size_to_shard_mb=0)
+    process = launch(tmp_path, cache, **cut)
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     assert "resumed from step 4" in output
+    assert re.search("mesh +data 1 x fsdp 4 x model 2, of 8 x cpu", output)
+    assert (tmp_path / "teacher.safetensors").exists()
     assert_close(repeatable(tmp_path), repeatable(two[0]), rtol=1e-5)
 
 

@@ -114,13 +114,13 @@ def test_activations_with_remat_are_what_is_kept():
 def test_logits_are_of_rows_and_prototypes():
     settings = dict(images=8, num_micro_batches=1, num_local_crops=3, masked_tokens=10)
     dino = report.estimate_logit_bytes(**settings, num_prototypes=(100, 0))
-    assert dino == 4 * 100 * 8 * (2 + 2 + 3)
+    assert dino == 4 * 100 * 8 * (2 + 3 * (2 + 3))
     ibot = report.estimate_logit_bytes(**settings, num_prototypes=(0, 50))
-    assert ibot == 4 * 50 * 8 * 2 * (10 + 10)
+    assert ibot == 4 * 50 * 8 * 2 * (10 + 2 * 10)
     # Micro-batches leave the teacher's part.
     settings["num_micro_batches"] = 4
     both = report.estimate_logit_bytes(**settings, num_prototypes=(100, 50))
-    assert both == 4 * 8 * (100 * (2 + 5 / 4) + 50 * 20 * (1 + 1 / 4))
+    assert both == 4 * 8 * (100 * (2 + 3 * 5 / 4) + 50 * 20 * (1 + 3 / 4))
 
 
 def test_the_last_words_say_where_the_network_stands():

@@ -1,5 +1,6 @@
 """The mesh, the path+shape rule, and one device against eight."""
 
+import dataclasses
 import functools
 
 import jax
@@ -98,6 +99,26 @@ def run(mesh, *, groups: int = 8, **settings) -> tuple[list[dict[str, float]], s
             state, values = step(state, batch, tiny.HYPER)
             metrics.append({name: float(value) for name, value in values.items()})
     return metrics, step.as_text()
+
+
+Gpu = dataclasses.make_dataclass(
+    "Gpu", ["id", "platform", "device_kind", "process_index", "slice_index"], frozen=True
+)
+
+
+@pytest.mark.parametrize(
+    ("axes", "first_row_hosts"),
+    [(dict(data=2, fsdp=8), [0] * 8), (dict(data=1, fsdp=16), [0] * 8 + [1] * 8)],
+    ids=str,
+)
+def test_axes_go_over_the_hosts_of_gpus(axes, first_row_hosts):
+    """What jax calls a slice of GPUs is one host; stand-ins for two of them with eight each."""
+    gpus = [
+        Gpu(id=i, platform="gpu", device_kind="H100", process_index=i // 8, slice_index=i // 8)
+        for i in range(16)
+    ]
+    mesh = sharding.make_mesh(**axes, devices=gpus)
+    assert [device.slice_index for device in mesh.devices[0, :, 0]] == first_row_hosts
 
 
 @pytest.fixture(scope="module")

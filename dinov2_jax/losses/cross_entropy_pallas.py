@@ -132,7 +132,7 @@ def gradients(
 
     Those of the vectors become those of directions and lengths as soon as they are whole, tile by
     tile, as `blocks.Prototypes.to_parameters` has it: nothing else `[k, d]` is written, unless the
-    rows are too many for one call.
+    rows are too many for one call: then each call has its own, and they are added.
 
     Args:
       features .. temps: as in `row_sums`.
@@ -142,7 +142,8 @@ def gradients(
       cotangent: of the rows' cross-entropy, `[n]`.
     """
     rows = features, target_features, target_rows, log_sum, mass, cotangent / temps[0]
-    size = -(-len(features) // -(-len(features) // rows_that_fit(features.shape[1])))
+    num_calls = -(-len(features) // rows_that_fit(features.shape[1]))
+    size = -(-len(features) // num_calls)
     shared = prototypes, target_prototypes, log_scale, norms, temps
     parts = [
         _gradients(*jax.tree.map(lambda x, i=i: x[i : i + size], rows), *shared)

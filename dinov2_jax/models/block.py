@@ -67,8 +67,11 @@ class Block(nn.Module):
         # Each branch of each array draws its own images.
         for norm, layer, scale in ((norm1, attn, ls1), (norm2, mlp, ls2)):
 
-            def named(tokens, layer=layer, **settings):
-                return checkpoint_name(layer(tokens, **settings), "branch")
+            def named(tokens, layer=layer, hands_out_bias=False):
+                if hands_out_bias:
+                    residual, bias = layer(tokens, hands_out_bias=True)
+                    return checkpoint_name(residual, "branch"), bias
+                return checkpoint_name(layer(tokens), "branch")
 
             settings = dict(norm=norm, scale=scale, drop_path=drop_path, make_key=make_key)
             xs = tuple(shard_rows(add_residual(x, named, **settings)) for x in xs)

@@ -50,17 +50,16 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
     return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
-@jax.custom_vjp
 def _apart(x: jax.Array) -> jax.Array:
     """The same array, which TPU's XLA then writes, not computes anew in the products that read it.
 
-    A product of something computed on the way may take twice as long: SwiGLU of ViT-L has 12.1 ms
-    for 13.6 on v6e with it by the compiler's cycles, forwards and backwards.
+    A product of something computed on the way may take twice as long; see docs/kernels.md.
     """
-    return jax.lax.optimization_barrier(x) if platform() == "tpu" else x
+    return _written(x) if platform() == "tpu" else x
 
 
-_apart.defvjp(lambda x: (_apart(x), None), lambda _, grad: (grad,))
+_written = jax.custom_vjp(jax.lax.optimization_barrier)
+_written.defvjp(lambda x: (_written(x), None), lambda _, grad: (grad,))
 
 
 class TokenDense(nn.Module):

@@ -89,6 +89,11 @@ class VisionTransformer(nn.Module):
                 f"layer_scale_init={self.layer_scale_init} must be above 0, or no block would do "
                 "anything; 1 starts without scaling, 1e-5 is the reference's"
             )
+        if self.drop_path_form == "pallas" and self.layer_norm != "pallas":
+            raise ValueError(
+                f"drop_path_form='pallas' needs layer_norm='pallas', not {self.layer_norm!r}: its "
+                "kernels normalise; set both, or another form"
+            )
         d, normal = self.embed_dim, nn.initializers.normal
         rows, cols = self.pos_embed_grid
         self.patch_embed = PatchEmbed(self.patch_size, d, dtype=self.dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinov2_jax.losses import block_targets, cross_entropy_pallas, dino
+from dinov2_jax.losses import block_targets, dino
 from dinov2_jax.losses.block_cross_entropy import block_cross_entropy
 from dinov2_jax.losses.blocks import Layout, choose_layout
 from dinov2_jax.models.heads import cosine_logits, weight_norm
@@ -125,14 +125,6 @@ def test_value_and_gradients_are_the_dense_ones(kind, assign, row_shape, k, has_
         value_and_grads(block_loss, case, has_kernels=has_kernels, **settings),
         value_and_grads(dense_loss, case, **settings),
     )
-
-
-def test_more_rows_than_a_kernel_holds(monkeypatch):
-    case = draw(row_shape=(2, 60), k=6)
-    want = value_and_grads(dense_loss, case, kind="sinkhorn_knopp", assign=None)
-    monkeypatch.setattr(cross_entropy_pallas, "rows_that_fit", lambda d: 50)
-    got = value_and_grads(block_loss, case, kind="sinkhorn_knopp", assign=None, has_kernels=True)
-    assert_same(got, want)
 
 
 @pytest.mark.parametrize("has_kernels", [False, True], ids=["blocks", "kernels"])

@@ -74,6 +74,24 @@ def test_rows_of_a_call_are_whole_tiles_of_what_the_vector_memory_holds(monkeypa
     assert cross_entropy_pallas.rows_that_fit(256) == rows
 
 
+def test_more_rows_than_a_call_holds_are_taken_in_pieces(monkeypatch):
+    rng = np.random.default_rng(0)
+    n, k, d = 120, 200, 16
+    draw = lambda *shape: rng.uniform(0.5, 1, shape).astype(np.float32)  # noqa: E731
+    prototypes = [(draw(k, d), draw(k, 1)) for _ in range(2)]
+    rows = [draw(n, d), prototypes[0], draw(n, d), prototypes[1], (draw(n), draw(n))]
+    vectors = dict(norms=draw(k, 1), log_sum=draw(n), mass=draw(n), cotangent=draw(n))
+
+    def run(rows_that_fit):
+        monkeypatch.setattr(cross_entropy_pallas, "rows_that_fit", lambda d: rows_that_fit)
+        return cross_entropy_pallas.gradients(*rows, log_scale, (5.0, 5.0), **vectors)
+
+    log_scale = draw(k)
+    want, got = jax.tree.leaves(run(n)), jax.tree.leaves(run(50))
+    for left, right in zip(got, want, strict=True):
+        np.testing.assert_allclose(left, right, atol=TOLERANCE * np.abs(right).max())
+
+
 def compile_step(mesh, *, k: int):
     """Targets, the iBOT loss of 600 rows and its gradient for prototypes that `model` cuts."""
     heads = BlockHeads(has_kernels=True)
