@@ -6,6 +6,7 @@ the backward pass keeps is three numbers a row. Value and gradient are those of
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import flax
@@ -109,9 +110,9 @@ def _forward(layout, assign, features, prototypes, target_rows, target_prototype
 
 
 def _has_kernel(layout: Layout, assign: Callable | None, features: Array) -> bool:
-    """Kernels know only targets of the same rows, and need enough vector memory for some."""
-    fits = cross_entropy_pallas.rows_that_fit(features.shape[-1]) > 0
-    return layout.has_kernels and assign is None and fits
+    """Kernels know only targets of the same rows, and few enough of them."""
+    num_rows, width = math.prod(features.shape[:-1]), features.shape[-1]
+    return layout.has_kernels and assign is None and cross_entropy_pallas.fits(num_rows, width)
 
 
 def _sums_by_blocks(layout, assign, features, prototypes, targets, target_rows, temps) -> _RowSums:

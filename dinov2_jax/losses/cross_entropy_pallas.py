@@ -27,6 +27,7 @@ from dinov2_jax.losses.pallas_tiles import (
     tiles,
 )
 
+MAX_CALLS = 8  # each reads all prototypes again, as plain blocks do several times
 Prototypes = tuple[Array, Array]  # directions [k, d] and the factors [k, 1] that make vectors
 
 
@@ -103,6 +104,15 @@ def _sum(x: Array) -> Array:
     return x.sum(axis=0, keepdims=True)
 
 
+def fits(n: int, d: int) -> bool:
+    """Whether the vector memory of the TPU in use lets both kernels take n rows in a few calls."""
+    if not pltpu.is_tpu_device():
+        return True
+    capacity = pltpu.get_tpu_info().vmem_capacity_bytes
+    has_sums = pallas_tiles.vmem_bytes(d) + 16 * MIB <= capacity
+    return has_sums and n <= MAX_CALLS * rows_that_fit(d)
+
+
 def rows_that_fit(d: int) -> int:
     """Rows of one call of the gradients' kernel, by the vector memory of the TPU in use; or 0.
 
@@ -132,7 +142,7 @@ def gradients(
 
     Those of the vectors become those of directions and lengths as soon as they are whole, tile by
     tile, as `blocks.Prototypes.to_parameters` has it: nothing else `[k, d]` is written, unless the
-    rows are too many for one call: then each call has its own, and they are added.
+    rows are too many for one call: then they come in pieces, and their sum is kept beside it.
 
     Args:
       features .. temps: as in `row_sums`.
@@ -141,22 +151,37 @@ def gradients(
       mass: the targets' sums, `[n]`.
       cotangent: of the rows' cross-entropy, `[n]`.
     """
-    rows = features, target_features, target_rows, log_sum, mass, cotangent / temps[0]
-    num_calls = -(-len(features) // rows_that_fit(features.shape[1]))
-    size = -(-len(features) // num_calls)
+    n, d = features.shape
+    num_calls = -(-n // rows_that_fit(d))
+    size = -(-n // num_calls)
     shared = prototypes, target_prototypes, log_scale, norms, temps
-    parts = [
-        _gradients(*jax.tree.map(lambda x, i=i: x[i : i + size], rows), *shared)
-        for i in range(0, len(features), size)
+    row_max, target_log_sum = target_rows
+    slope = cotangent / temps[0]
+    vectors = row_max, target_log_sum, log_sum, mass, slope
+    if num_calls == 1:
+        grad_features, *grads = _gradients(features, target_features, *vectors, *shared)
+        return grad_features, tuple(grads)
+
+    def add_piece(grads, piece):
+        grad_features, *more = _gradients(*piece, *shared)
+        return jax.tree.map(jnp.add, grads, tuple(more)), grad_features
+
+    fillings = 0.0, 0.0, 0.0, NOWHERE, 0.0, 0.0, 0.0  # a slope of 0 and a target of 0
+    pieces = [
+        fill(x, num_calls * size, value).reshape(num_calls, size, *x.shape[1:])
+        for x, value in zip((features, target_features, *vectors), fillings, strict=True)
     ]
-    grad_features, grad_directions, grad_lengths = zip(*parts, strict=True)
-    return jnp.concatenate(grad_features), (sum(grad_directions), sum(grad_lengths))
+    grads, grad_features = jax.lax.scan(
+        add_piece, (jnp.zeros(prototypes[0].shape), jnp.zeros(norms.shape)), pieces
+    )
+    return grad_features.reshape(-1, d)[:n], grads
 
 
 def _gradients(
     features,
     target_features,
-    target_rows,
+    row_max,
+    target_log_sum,
     log_sum,
     mass,
     slope,
@@ -204,7 +229,9 @@ def _gradients(
         name="prototypes_gradients",
     )(
         pallas_tiles.scalars(1 / temps[0], 1 / temps[1]),
-        *_row_arrays(size_n, features, target_features, target_rows, log_sum, mass, slope),
+        *_row_arrays(
+            size_n, features, target_features, (row_max, target_log_sum), log_sum, mass, slope
+        ),
         *_prototype_arrays(size_k, prototypes, target_prototypes, log_scale, (norms, 1.0)),
     )
     return grad_features.sum(axis=0)[:n], grad_directions[:k], grad_lengths[0, :k, None]

@@ -72,6 +72,10 @@ def test_rows_of_a_call_are_whole_tiles_of_what_the_vector_memory_holds(monkeypa
     monkeypatch.setattr(cross_entropy_pallas.pltpu, "is_tpu_device", lambda: True)
     monkeypatch.setattr(cross_entropy_pallas.pltpu, "get_tpu_info", lambda: chip)
     assert cross_entropy_pallas.rows_that_fit(256) == rows
+    # The sums' kernel needs 38 MiB.
+    most = cross_entropy_pallas.MAX_CALLS * rows if mib > 38 else 0
+    assert cross_entropy_pallas.fits(most, 256) == (mib > 38)
+    assert not cross_entropy_pallas.fits(most + 1, 256)
 
 
 def test_more_rows_than_a_call_holds_are_taken_in_pieces(monkeypatch):
@@ -87,6 +91,7 @@ def test_more_rows_than_a_call_holds_are_taken_in_pieces(monkeypatch):
         return cross_entropy_pallas.gradients(*rows, log_scale, (5.0, 5.0), **vectors)
 
     log_scale = draw(k)
+    assert "length=3" in str(jax.make_jaxpr(lambda: run(50))())  # of the scan over pieces
     want, got = jax.tree.leaves(run(n)), jax.tree.leaves(run(50))
     for left, right in zip(got, want, strict=True):
         np.testing.assert_allclose(left, right, atol=TOLERANCE * np.abs(right).max())
