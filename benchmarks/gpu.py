@@ -134,13 +134,14 @@ def main() -> None:
 
     started = time.perf_counter()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {options.steps} steps a row")
-    for model in options.models:
-        config_name, batch_size = MODELS[model]
-        overrides = {"global_batch_size": batch_size, "group_size": batch_size} | PROTOTYPES
-        if options.tiny:
-            config_name, overrides = "quickstart", TINY
-        overrides = overrides | {"mesh.data": 1, "loader.num_workers": options.workers}
-        for variant in options.variants:
+    # Every model by default before any variant: the time may not last for all.
+    for variant in options.variants:
+        for model in options.models:
+            config_name, batch_size = MODELS[model]
+            overrides = {"global_batch_size": batch_size, "group_size": batch_size} | PROTOTYPES
+            if options.tiny:
+                config_name, overrides = "quickstart", TINY
+            overrides = overrides | {"mesh.data": 1, "loader.num_workers": options.workers}
             if time.perf_counter() - started > options.limit_secs:
                 print(f"stopped before {model} {variant}: {options.limit_secs:.0f} s are over")
                 return
