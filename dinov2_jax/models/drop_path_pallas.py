@@ -2,7 +2,7 @@
 
 `fork` normalises the tokens of the kept images where they lie, and `join` adds their residuals
 where they belong; backwards each does what the other does forwards. A kernel's step takes an image
-by its number, which the grid reads ahead, so that dropped images are read for the sums alone.
+by its number, which the grid reads ahead; dropped images are read only where the stream passes.
 
 Images lie group-major, `[(s q), n, d]`; `order` `[s, q]` has the images of each group by number,
 those first that are kept.
@@ -148,7 +148,7 @@ class _Plan:
     """Blocks of one image's tokens, in the order of the images, on a grid of (group, image, step).
 
     Attributes:
-      stream: of all images' tokens; if the grid goes over all, the kept come first.
+      stream: of the tokens of the grid's images, the kept ones first.
       stream_of_kept: the same, staying at the last of the kept, so that no other is read.
       branch: of the kept images' own arrays, staying likewise.
       sums: a row of `[images, steps, 1, d]` for each step; `sums_shape`.

@@ -56,8 +56,8 @@ class VisionTransformer(nn.Module):
       drop_path_rate: stochastic depth in training, the same in every block.
       drop_path_mode: "subset" or "bernoulli", see `DropPath`; likewise drop_path_form.
       dtype: compute type; parameters, softmax and statistics are float32.
-      remat: what the backward pass recomputes: "none", "dots" (all but the matrix products) or
-        "blocks" (everything).
+      remat: what the backward pass recomputes: "none", "dots" (all but the matrix products),
+        "branches" (all but what is as wide as the tokens) or "blocks" (everything).
       attention: "xla", "by_head", "pallas" or "cudnn", see `Attention`.
       layer_norm: "xla" or "pallas", of the blocks, see `make_layer_norm`.
       scan_unroll: blocks in each turn of the scan.
