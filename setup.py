@@ -65,6 +65,7 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10.2,<0.11"],
         "data": ["array-record>=0.8", "datasets>=3.0", "tensorflow-datasets>=4.9.8"],
         "gcs": ["fsspec>=2025.3", "gcsfs>=2025.3"],
+        "s3": ["fsspec>=2025.3", "s3fs>=2025.3"],
         "video": ["av>=14.0"],
         "wandb": ["wandb>=0.18"],
         "benchmarks": ["matplotlib>=3.10"],

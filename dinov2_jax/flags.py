@@ -20,7 +20,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--workdir",
         metavar="DIR",
-        help="folder, or gs://bucket/folder; default: runs/<name of the config>",
+        help="folder, gs://bucket/folder or s3://bucket/folder; default: runs/<name of the config>",
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="print the start-up table and exit; writes nothing"

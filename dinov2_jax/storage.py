@@ -1,4 +1,4 @@
-"""Files of a run on a disk or in an object store (gs://): whole, growing, or made locally.
+"""Files of a run on a disk or in an object store (gs://, s3://): whole, growing, or made locally.
 
 An object appears whole or not at all, but it can neither be appended to nor renamed, and what
 writes by file names (safetensors, TensorBoard, the profiler) does not know it.
@@ -96,13 +96,15 @@ def upload(local: pathlib.Path, path: epath.Path) -> None:
 def move(folder: epath.Path, target: epath.Path) -> None:
     """Moves a folder to where nothing is; in a store object by object, within a bucket."""
     if is_url(folder):
-        from google.cloud import storage
+        import fsspec
 
-        name, _, prefix = str(folder).removeprefix("gs://").partition("/")
-        bucket = storage.Client().bucket(name)
-        for blob in list(bucket.list_blobs(prefix=f"{prefix}/")):
-            rest = blob.name.removeprefix(f"{prefix}/")
-            bucket.rename_blob(blob, str(target / rest).removeprefix(f"gs://{name}/"))
+        store, path = fsspec.core.url_to_fs(str(folder))
+        objects = store.find(
+            path
+        )  # not `mv` of the folder: it would look for an object of its name
+        if objects:
+            store.copy(objects, [f"{target}{name.removeprefix(path)}" for name in objects])
+            store.rm(objects)
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(target)

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import fcntl
 import json
-import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from dinov2_jax import object_stores
 from dinov2_jax.config import compare_configs
 from dinov2_jax.data.records import DataError, too_many_bad
 from dinov2_jax.distributed import check_same
@@ -33,28 +33,16 @@ class WorkdirError(RuntimeError):
 
 
 def workdir_path(path: str) -> epath.Path:
-    """The path of a workdir, on a disk or at gs://; every process must get it here.
+    """The path of a workdir, on a disk, at gs:// or at s3://; every process must get it here.
 
     Raises:
-      WorkdirError: another kind of URL, or the package for gs:// is missing.
+      WorkdirError: another kind of URL, or the package for it is missing.
     """
-    if not is_url(path):
-        return epath.Path(path)
-    if not path.startswith("gs://"):
-        raise WorkdirError(
-            f"--workdir={path} must be a folder or at gs://: checkpoints go to no other store"
-        )
-    try:
-        import fsspec
-        import gcsfs  # noqa: F401
-    except ImportError as error:
-        raise WorkdirError(
-            f"--workdir={path} needs gcsfs, which is not installed; pip install 'dinov2_jax[gcs]'"
-        ) from error
-    # Other processes write here too: what was listed once may have changed since.
-    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
-    # TensorFlow, where it happens to be installed, would be asked instead of gcsfs.
-    os.environ.setdefault("EPATH_USE_TF", "false")
+    if is_url(path):
+        try:
+            object_stores.prepare(path)
+        except object_stores.StoreError as error:
+            raise WorkdirError(f"--workdir={path} {error}") from error
     return epath.Path(path)
 
 
@@ -69,7 +57,10 @@ def open_workdir(path: epath.PathLike) -> Iterator[epath.Path]:
     """
     workdir = epath.Path(path)
     if is_url(workdir):
-        _check_store(workdir)
+        try:
+            object_stores.check_access(workdir, probe=LOCK_FILE)
+        except object_stores.StoreError as error:
+            raise WorkdirError(f"--workdir={workdir} {error}") from error
         yield workdir
         return
     lock = None
@@ -100,24 +91,6 @@ def open_workdir(path: epath.PathLike) -> Iterator[epath.Path]:
     finally:
         if lock is not None:
             lock.close()
-
-
-def _check_store(workdir: epath.Path) -> None:
-    """Finds out whether the bucket is there, may be looked at (Orbax does), and written."""
-    from google.cloud import storage
-
-    bucket = str(workdir).removeprefix("gs://").partition("/")[0]
-    try:
-        storage.Client().get_bucket(bucket)
-        (workdir / LOCK_FILE).write_text(secrets.token_hex())
-    # No credentials, no bucket, no permission, no network: each client raises kinds of its own.
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise WorkdirError(
-            f"--workdir={workdir} cannot be used ({reason}); create the bucket, log in (gcloud "
-            "auth application-default login), or have somebody give this account "
-            "storage.objects.* and storage.buckets.get on it"
-        ) from error
 
 
 def check_shared(workdir: epath.Path) -> None:

@@ -1,5 +1,7 @@
 """Eight host devices for every test, and fixtures that several files share."""
 
+import contextlib
+import functools
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -61,10 +63,29 @@ def finished(cache, tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def bucket() -> str:
-    """gs://.. of an emulated object store; see `tests.object_store`."""
-    object_store.require()
-    with object_store.emulator() as address, pytest.MonkeyPatch.context() as patch:
-        for name, value in object_store.environment(address).items():
-            patch.setenv(name, value)
-        yield str(workdir_path(f"gs://{object_store.BUCKET}"))
+def buckets():
+    """gs://.. or s3://.. of an emulated object store, by the kind; see `tests.object_store`."""
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+
+        @functools.cache
+        def url(kind: str) -> str:
+            object_store.require(kind)
+            address = stack.enter_context(object_store.emulator(kind))
+            for name, value in object_store.environment(kind, address).items():
+                patch.setenv(name, value)
+            return str(workdir_path(f"{kind}://{object_store.BUCKET}"))
+
+        yield url
+
+
+@pytest.fixture
+def bucket(buckets) -> str:
+    """gs://.. of an emulated object store."""
+    return buckets("gs")
+
+
+@pytest.fixture(params=object_store.KINDS)
+def any_bucket(request, buckets) -> str:
+    """gs://.., then s3://.. of an emulated object store."""
+    return buckets(request.param)

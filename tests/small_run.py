@@ -2,9 +2,10 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
+
+from etils import epath
 
 from dinov2_jax.config import REPOSITORY
 from dinov2_jax.metrics import TIMING_FIELDS, MetricsWriter, read_metrics
@@ -41,19 +42,19 @@ SHRINK = {
 }
 
 
-def arguments(workdir: pathlib.Path, *extra: str, **overrides) -> list[str]:
+def arguments(workdir: epath.PathLike, *extra: str, **overrides) -> list[str]:
     """Arguments of the command; overrides replace those of `SHRINK` ("__" stands for ".")."""
     keys = SHRINK | {key.replace("__", "."): value for key, value in overrides.items()}
     flags = [f"--config.{key}={value}" for key, value in keys.items()]
     return [f"--config={QUICKSTART}", f"--workdir={workdir}", *flags, *extra]
 
 
-def run(workdir: pathlib.Path, *extra: str, **overrides) -> int:
+def run(workdir: epath.PathLike, *extra: str, **overrides) -> int:
     """Runs the command in this process; returns its exit code."""
     return main(arguments(workdir, *extra, **overrides))
 
 
-def start(workdir: pathlib.Path, cache: pathlib.Path, **overrides) -> subprocess.Popen:
+def start(workdir: epath.PathLike, cache: epath.PathLike, **overrides) -> subprocess.Popen:
     """Starts the command in a process of its own, with a compilation cache."""
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),
@@ -66,15 +67,15 @@ def start(workdir: pathlib.Path, cache: pathlib.Path, **overrides) -> subprocess
     )
 
 
-def repeatable(workdir: pathlib.Path) -> list[dict]:
+def repeatable(workdir: epath.PathLike) -> list[dict]:
     """The lines of metrics.jsonl without what depends on the clock."""
-    lines = read_metrics(workdir / "metrics.jsonl")
+    lines = read_metrics(epath.Path(workdir) / "metrics.jsonl")
     return [{key: x for key, x in line.items() if key not in TIMING_FIELDS} for line in lines]
 
 
-def written_config(workdir: pathlib.Path) -> dict:
+def written_config(workdir: epath.PathLike) -> dict:
     """config.json."""
-    return json.loads((workdir / "config.json").read_text())
+    return json.loads((epath.Path(workdir) / "config.json").read_text())
 
 
 def after_line(monkeypatch, step: int, action):

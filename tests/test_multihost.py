@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from etils import epath
 
 from dinov2_jax.config import REPOSITORY
 from dinov2_jax.metrics import read_metrics
@@ -19,7 +20,7 @@ LAUNCHER = REPOSITORY / "launch" / "local_multiprocess.sh"
 SETTINGS = dict(global_batch_size=16, group_size=2, mesh__data=-1, model__layer_scale_init=1.0)
 
 
-def launch(workdir: pathlib.Path, cache: pathlib.Path, *extra: str, path="", **overrides):
+def launch(workdir: epath.PathLike, cache: pathlib.Path, *extra: str, path="", **overrides):
     """Starts the script with two processes of four devices; `path` is imported from first."""
     environment = os.environ | {
         "PYTHON": sys.executable,
@@ -97,6 +98,27 @@ def test_a_signal_to_one_host_stops_both_and_any_number_goes_on(two, cache, tmp_
     # One process goes on with what two have saved.
     assert run(tmp_path, **SETTINGS) == 0
     assert_close(repeatable(tmp_path), repeatable(two[0]), rtol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_two_hosts_that_share_but_a_bucket_are_killed_and_go_on(two, cache, any_bucket, tmp_path):
+    """Each writes its part of every checkpoint to the store; no leaf is whole on one of them."""
+    workdir = epath.Path(any_bucket) / tmp_path.name / "run"
+    cut = dict(mesh__fsdp=8, mesh__min_size_to_shard_mb=0)
+    process = launch(workdir, cache, **cut)
+    deadline = time.monotonic() + 400
+    while not (workdir / "checkpoints" / "8" / "state").exists():  # being written, or just written
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.05)
+    for pid in (process.pid, *descendants(process.pid)):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    process = launch(workdir, cache, **cut)
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output
+    assert re.search("resumed from step [48]\n", output)
+    assert_close(repeatable(workdir), repeatable(two[0]), rtol=1e-5)
+    assert (workdir / "teacher.safetensors").exists()
 
 
 def test_two_processes_go_on_with_a_run_of_one(two, cache, tmp_path, monkeypatch):

@@ -44,9 +44,9 @@ def images(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture
-def place(bucket, tmp_path) -> epath.Path:
-    """An empty folder of the store."""
-    return epath.Path(bucket) / tmp_path.name
+def place(any_bucket, tmp_path) -> epath.Path:
+    """An empty folder of a store."""
+    return epath.Path(any_bucket) / tmp_path.name
 
 
 def upload(folder: pathlib.Path, target: epath.Path) -> None:
@@ -56,8 +56,8 @@ def upload(folder: pathlib.Path, target: epath.Path) -> None:
 
 def names(folder: epath.Path) -> set[str]:
     """Objects below a folder, as the store has them now."""
-    store = fsspec.filesystem("gs", use_listings_cache=False)
-    return {path.removeprefix(f"{folder}/"[5:]) for path in store.find(str(folder))}
+    store, path = fsspec.core.url_to_fs(str(folder), use_listings_cache=False)
+    return {found.removeprefix(f"{path}/") for found in store.find(path)}
 
 
 # gcsfs uploads in parts that aiohttp, which it does so with, finds large.
@@ -164,10 +164,11 @@ def test_a_damaged_checkpoint_is_set_aside(place, damage):
     assert not any(name.startswith("checkpoints/7/") for name in found)
 
 
-def test_a_bucket_that_is_not_there_is_one_line(bucket, capsys):
-    assert run("gs://no-such-bucket/run") == 2
+def test_a_bucket_that_is_not_there_is_one_line(any_bucket, capsys):
+    url = any_bucket.replace("://", "://no-such-")
+    assert run(f"{url}/run") == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "--workdir=gs://no-such-bucket/run cannot be used" in error
+    assert error.count("\n") == 1 and f"--workdir={url}/run cannot be used" in error
     assert "create the bucket" in error
 
 
@@ -197,7 +198,7 @@ def test_no_permission_is_one_line(bucket, monkeypatch, capsys):
         backend.fsspec_backend._get_filesystem.cache_clear()
 
     address = f"http://127.0.0.1:{server.server_port}"
-    for name, value in object_store.environment(address).items():
+    for name, value in object_store.environment("gs", address).items():
         monkeypatch.setenv(name, value)
     forget_connections()
     try:
@@ -213,14 +214,15 @@ def test_no_permission_is_one_line(bucket, monkeypatch, capsys):
         forget_connections()
 
 
-def test_a_workdir_is_on_a_disk_or_at_gs(tmp_path, monkeypatch):
+def test_a_workdir_is_on_a_disk_or_in_a_store(tmp_path, monkeypatch):
     assert workdir_path(str(tmp_path)) == epath.Path(tmp_path)
-    for url in ("s3://bucket/run", "memory://run", "http://host/run"):
-        with pytest.raises(WorkdirError, match=r"must be a folder or at gs://"):
+    for url in ("az://bucket/run", "memory://run", "http://host/run"):
+        with pytest.raises(WorkdirError, match=r"must be a folder or at gs:// or s3://"):
             workdir_path(url)
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(WorkdirError, match=r"pip install 'dinov2_jax\[gcs\]'"):
-        workdir_path("gs://bucket/run")
+    for kind, package, extra in (("gs", "gcsfs", "gcs"), ("s3", "s3fs", "s3")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(WorkdirError, match=rf"pip install 'dinov2_jax\[{extra}\]'"):
+            workdir_path(f"{kind}://bucket/run")
 
 
 # The same, of what aiohttp finds large.
