@@ -1,8 +1,10 @@
 """SIGTERM and SIGINT: the first asks the run to save and stop, the second ends it at once.
 
+A cloud's notice that it takes the machine back (`preemption`) asks the same, as SIGTERM would.
 A signal during the start-up is heeded before the first step, when there is nothing to save yet.
 """
 
+import math
 import os
 import signal
 import sys
@@ -23,7 +25,8 @@ class StopSignals:
 
     def __init__(self):
         self.received: int | None = None
-        self._received_at = 0.0
+        self._received_at = -math.inf
+        self._is_noticed = False
         self._previous = {}
 
     def __enter__(self) -> "StopSignals":
@@ -36,13 +39,25 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def notice(self, text: str) -> None:
+        """Asks to stop as SIGTERM does, of which the first that follows is the same word."""
+        if self.received is None:
+            self.received, self._is_noticed = signal.SIGTERM, True
+            _say(text)
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self._is_noticed and number == signal.SIGTERM:
+            self._is_noticed, self._received_at = False, time.monotonic()
+            return
         if self.received is not None:
             if time.monotonic() - self._received_at >= SAME_SIGNAL_SECS:
                 os._exit(128 + number)
             return
         self.received, self._received_at = number, time.monotonic()
-        name = signal.Signals(number).name
-        # Not print: the handler may interrupt one.
-        text = f"\n{name}: stopping where nothing is lost; once more to stop at once\n"
-        os.write(sys.__stderr__.fileno(), text.encode())
+        _say(signal.Signals(number).name)
+
+
+def _say(why: str) -> None:
+    # Not print: the handler may interrupt one.
+    text = f"\n{why}: stopping where nothing is lost; once more to stop at once\n"
+    os.write(sys.__stderr__.fileno(), text.encode())

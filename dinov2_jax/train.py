@@ -32,6 +32,7 @@ from dinov2_jax.flags import parse_flags
 from dinov2_jax.goodput import Goodput
 from dinov2_jax.guards import NONFINITE_FOLDER, StopRun
 from dinov2_jax.loop import Limits, Loop, new_books
+from dinov2_jax.preemption import watch_notices
 from dinov2_jax.progress import Display, format_secs
 from dinov2_jax.rhythm import Rhythm
 from dinov2_jax.signals import StopSignals
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         workdir = workdir_path(flags.workdir or f"runs/{epath.Path(flags.config).stem}")
         compiler.use_compilation_cache()
         distributed.initialize(flags.distributed)
-        with StopSignals() as signals:
+        with StopSignals() as signals, watch_notices(signals.notice):
             if flags.dry_run or flags.suggest:
                 preview.show(config, flags, workdir)
                 return 0

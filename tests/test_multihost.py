@@ -1,5 +1,6 @@
 """Two processes of four devices are one run: the same numbers, one voice, one decision to stop."""
 
+import json
 import os
 import pathlib
 import re
@@ -179,6 +180,29 @@ def test_processes_that_differ_are_refused(cache, tmp_path):
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 2, output
     assert "processes [1] have another configuration than process 0" in output
+
+
+def test_numbers_that_are_not_finite_on_one_host_stop_both_at_the_same_step(two, cache, tmp_path):
+    """The loss is of all hosts' images: both see it, and count alike."""
+    (tmp_path / "sitecustomize.py").write_text(
+        FAILS_ALONE + "    from dinov2_jax import inputs\n"
+        "    from tests.test_train_faults import Tampered, _nan_at\n"
+        "    open_batches, change = inputs.open_batches, _nan_at(4, 5)\n"
+        "    inputs.open_batches = lambda *args, **kwargs: Tampered(\n"
+        "        open_batches(*args, **kwargs), change)\n"
+    )
+    workdir = tmp_path / "run"
+    process = launch(
+        workdir, cache, path=tmp_path, eval__kind="none", guards__max_nonfinite_steps=1
+    )
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1 and "Traceback" not in output, output
+    for number in (0, 1):  # each says it for itself
+        assert output.count(f"error: process {number}: 2 steps were not finite") == 1
+    assert output.count("step 5 was not finite in dino_global_loss") == 1
+    saved = [json.loads(path.read_text()) for path in (workdir / "nonfinite").iterdir()]
+    assert sorted(x["step"] for x in saved) == [5, 6]
+    assert all(len(x["index"]) == 16 for x in saved)  # of the global batch, for a replay
 
 
 FAILS_ALONE = """
