@@ -61,7 +61,12 @@ class Cell:
         common["mesh.fsdp"] = {"s": 1, "b": 1, "l": 16, "g": 16}[letter]
         if self.model == "g518":
             common["crops.global_crop_size_px"] = 518
-        return [{**common, "remat": remat} for remat in ("branches", "dots")]
+        other = {"s": 8, "b": 8, "l": 64, "g": 64}[letter]
+        return [
+            {**common, "remat": "branches"},
+            {**common, "remat": "dots"},
+            {**common, "mesh.fsdp": min(other, self.devices), "remat": "branches"},
+        ]
 
 
 def cells() -> list[Cell]:
@@ -109,40 +114,60 @@ def compile_candidate(cell: Cell, overrides: dict, *, limit_secs: float) -> dict
 
 
 def table(cache: dict[tuple[str, str], dict]) -> str:
-    """The table in Markdown: of each cell the candidate that did best.
+    """The table in Markdown: of each cell the candidate that did best, and the times of the others.
 
-    Cells of another revision than the last one compiled are marked: other code, other figures.
+    Cells of another revision than the last one shown are marked: other code, other figures.
     """
-    newest = list(cache.values())[-1]["revision"] if cache else ""
     rows = [
         "| cell | images a device | mesh d x f x m | remat | HBM, GiB | executed PFLOP | "
-        "step, ms | MFU | most of the time |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "step, ms | MFU | most of the time | others, ms |",
+        "|---" * 10 + "|",
     ]
-    for cell in cells():
-        tried = [line for (name, _), line in cache.items() if name == cell.name]
-        if not tried:
-            rows.append(f"| {cell.name} | not compiled yet |" + " |" * 7)
-            continue
-        never = math.inf
-        best = min(tried, key=lambda x: (x["estimated_step_seconds"] or never, x["hbm_peak_bytes"]))
-        memory = f"{best['hbm_peak_bytes'] / 2**30:.1f} of {best['hbm_limit_bytes'] / 2**30:.1f}"
-        seconds = best["estimated_step_seconds"]
-        if seconds:
-            parts = {part: sum(kinds.values()) for part, kinds in best["seconds_by_part"].items()}
-            longest = sorted(parts, key=parts.get, reverse=True)[:3]
-            words = ", ".join(f"{part} {parts[part] / seconds:.0%}" for part in longest)
-            times = f"{seconds * 1e3:.0f} | {best['estimated_mfu']:.1%} | {words}"
-        else:
-            times = "does not fit | | "
-        mesh = " x ".join(str(size) for size in best["mesh"].values())
-        images = best["global_batch_size"] // best["devices"]
-        flops = f"{best['executed_flops'] / 1e15:.1f}"
-        name = cell.name + ("" if best["revision"] == newest else " †")
-        rows.append(
-            f"| {name} | {images} | {mesh} | {best['remat']} | {memory} | {flops} | {times} |"
+    tried = {
+        cell: sorted(
+            (line for (name, _), line in cache.items() if name == cell.name),
+            key=lambda x: (x["estimated_step_seconds"] or math.inf, x["hbm_peak_bytes"]),
         )
+        for cell in cells()
+    }
+    shown = [lines[0] for lines in tried.values() if lines]
+    newest = [line["revision"] for line in cache.values() if line in shown][-1:]
+    for cell, lines in tried.items():
+        if lines:
+            rows.append(_row(cell, lines, is_old=lines[0]["revision"] not in newest))
+        else:
+            rows.append(f"| {cell.name} | not compiled yet |" + " |" * 8)
     return "\n".join(rows)
+
+
+def _row(cell: Cell, tried: list[dict], *, is_old: bool) -> str:
+    best, *others = tried
+    memory = f"{best['hbm_peak_bytes'] / 2**30:.1f} of {best['hbm_limit_bytes'] / 2**30:.1f}"
+    seconds = best["estimated_step_seconds"]
+    if seconds:
+        parts = {part: sum(kinds.values()) for part, kinds in best["seconds_by_part"].items()}
+        longest = sorted(parts, key=parts.get, reverse=True)[:3]
+        words = ", ".join(f"{part} {parts[part] / seconds:.0%}" for part in longest)
+        times = f"{seconds * 1e3:.0f} | {best['estimated_mfu']:.1%} | {words}"
+    else:
+        times = "does not fit | | "
+    mesh = " x ".join(str(size) for size in best["mesh"].values())
+    images = best["global_batch_size"] // best["devices"]
+    flops = f"{best['executed_flops'] / 1e15:.1f}"
+    name = cell.name + (" †" if is_old else "")
+    rest = ", ".join(_difference(line, best) for line in others)
+    return (
+        f"| {name} | {images} | {mesh} | {best['remat']} | {memory} | {flops} | {times} | {rest} |"
+    )
+
+
+def _difference(line: dict, best: dict) -> str:
+    """How another candidate differs from the best, and its time: "dots 213"."""
+    words = [line["remat"]] if line["remat"] != best["remat"] else []
+    if line["mesh"] != best["mesh"]:
+        words.append(f"fsdp={line['mesh']['fsdp']}")
+    seconds = line["estimated_step_seconds"]
+    return " ".join([*words, f"{seconds * 1e3:.0f}" if seconds else "does not fit"])
 
 
 def write_table() -> None:

@@ -45,32 +45,61 @@ def test_what_is_done_is_not_done_again(monkeypatch, tmp_path):
     tried = []
 
     def compile_candidate(cell, overrides, *, limit_secs):
-        tried.append((cell.name, overrides["remat"]))
+        fsdp, remat = overrides["mesh.fsdp"], overrides["remat"]
+        tried.append((cell.name, fsdp, remat))
         if len(tried) == 3:
             raise KeyboardInterrupt
-        secs = {"branches": 2.0, "dots": 1.0}[overrides["remat"]]
+        secs = {"branches": 2.0, "dots": 1.0}[remat] + fsdp / 10
         figures = dict(hbm_peak_bytes=2**30, hbm_limit_bytes=2**34, executed_flops=1e15)
         figures |= dict(estimated_step_seconds=secs, estimated_mfu=0.5, devices=64)
-        figures |= dict(seconds_by_part={"mlp": {"products": secs}}, mesh={"data": 64, "fsdp": 1})
-        return figures | dict(remat=overrides["remat"], global_batch_size=2048)
+        figures |= dict(seconds_by_part={"mlp": {"products": secs}})
+        figures |= dict(mesh={"data": 64 // fsdp, "fsdp": fsdp})
+        return figures | dict(remat=remat, global_batch_size=2048)
 
     page = tmp_path / "pods.md"
     page.write_text("\n".join(["before", *compile_table.MARKS, "after"]))
+    revisions = iter("aabbcc")
     monkeypatch.setattr(compile_table, "CACHE", tmp_path / "compile" / "cells.jsonl")
     monkeypatch.setattr(compile_table, "PAGE", page)
-    monkeypatch.setattr(compile_table, "revision", lambda: "0000000")
+    monkeypatch.setattr(compile_table, "revision", lambda: next(revisions))
     monkeypatch.setattr(compile_table, "compile_candidate", compile_candidate)
     monkeypatch.setattr("sys.argv", ["compile_table", "--only", "^s v[56]e"])
     with pytest.raises(KeyboardInterrupt):
         compile_table.main()
     first, second = "s v5e:8x8", "s v6e:8x8"
-    done, left = [(name, "branches") for name in (first, second)], (second, "dots")
-    assert tried == [*done, (first, "dots")]
+    done, left = [(name, 1, "branches") for name in (first, second)], (second, 1, "dots")
+    assert tried == [*done, (first, 1, "dots")]
     compile_table.main()
-    assert tried[3:] == [(first, "dots"), left]
+    meshes = [(name, 8, "branches") for name in (first, second)]
+    assert tried[3:] == [(first, 1, "dots"), left, *meshes]
     rows = [json.loads(text) for text in compile_table.CACHE.read_text().splitlines()]
-    assert [(row["cell"], row["remat"]) for row in rows] == [*done, *tried[3:]]
-    # The faster of the two is in the table.
+    found = [(row["cell"], row["mesh"]["fsdp"], row["remat"]) for row in rows]
+    assert found == [*done, *tried[3:]]
+    # The fastest is in the table, with what the others took.
     text = page.read_text()
-    assert f"| {first} | 32 | 64 x 1 | dots | 1.0 of 16.0 | 1.0 | 1000 | 50.0% |" in text
-    assert text.startswith("before") and text.endswith("after")
+    assert f"| {first} | 32 | 64 x 1 | dots | 1.0 of 16.0 | 1.0 | 1100 | 50.0% |" in text
+    assert text.count("| branches 2100, branches fsdp=8 2800 |") == 2
+    assert text.startswith("before") and text.endswith("after") and "†" not in text
+
+
+def test_cells_of_other_code_are_marked():
+    line = dict(hbm_peak_bytes=1, hbm_limit_bytes=1, executed_flops=1, estimated_mfu=0.5)
+    line |= dict(seconds_by_part={}, mesh={"fsdp": 1}, devices=1, global_batch_size=1)
+    names = [cell.name for cell in cells()]
+    cache = {
+        (name, remat): line | dict(cell=name, remat=remat, revision=new, estimated_step_seconds=at)
+        for name, remat, new, at in (
+            (names[0], "branches", "old", 1.0),
+            (names[1], "branches", "new", 1.0),
+            (names[2], "branches", "new", 1.0),
+            (names[2], "dots", "newest", 2.0),  # not shown: it was slower
+            (names[3], "dots", "new", None),
+        )
+    }
+    found = compile_table.table(cache).splitlines()[2:]
+    assert [row.startswith(f"| {name} † |") for row, name in zip(found, names, strict=True)] == [
+        True,
+        *[False] * 24,
+    ]
+    assert "dots 2000 |" in found[2] and "does not fit" in found[3]
+    assert found[4].startswith(f"| {names[4]} | not compiled yet |")
