@@ -1,11 +1,14 @@
 """The launch recipes: shell scripts are linted, YAML fits its schema, flags and extras exist."""
 
 import ast
+import functools
+import operator
 import re
 import shlex
 import subprocess
 import sysconfig
 
+import jsonschema
 import pytest
 import yaml
 
@@ -13,6 +16,7 @@ from configs import base
 from dinov2_jax.config import REPOSITORY
 from dinov2_jax.flags import parse_flags
 from dinov2_jax.train import WRONG_INPUT
+from tests.jobset_schema import JOBSET
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
@@ -51,14 +55,34 @@ def jobset() -> dict:
     return yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
 
 
+def keys_of(content, *path):
+    """The path to every key of mappings in lists in mappings, but for names of annotations."""
+    pairs = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, value in pairs:
+        if isinstance(content, dict):
+            yield (*path, key)
+        if isinstance(value, dict | list) and (*path, key)[-2:] != ("template", "spec"):
+            if key != "annotations":
+                yield from keys_of(value, *path, key)
+
+
+def test_the_jobset_fits_its_schema():
+    jsonschema.validate(jobset(), JOBSET)
+    keys = list(keys_of(jobset()))
+    assert ("spec", "failurePolicy", "rules", 0, "action") in keys
+    for *path, key in keys:
+        for misspelt, value in ((f"{key}s", None), (key, 1.5)):
+            content = jobset()
+            parent = functools.reduce(operator.getitem, path, content)
+            parent[misspelt] = parent.pop(key) if value is None else value
+            with pytest.raises(jsonschema.ValidationError):
+                jsonschema.validate(content, JOBSET)
+
+
 def test_the_jobs_of_the_jobset_fit_their_schema():
     import kubernetes_validate
 
-    content = jobset()
-    assert content["kind"] == "JobSet" and content["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
-    assert set(content["spec"]) <= {"failurePolicy", "replicatedJobs", "network", "successPolicy"}
-    for replicated in content["spec"]["replicatedJobs"]:
-        assert set(replicated) == {"name", "replicas", "template"}
+    for replicated in jobset()["spec"]["replicatedJobs"]:
         job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}}
         job["spec"] = replicated["template"]["spec"]
         kubernetes_validate.validate(job, JOBSET_VERSION, strict=True)
@@ -72,7 +96,8 @@ def test_the_jobset_restarts_but_not_with_wrong_input():
     policy = jobset()["spec"]["failurePolicy"]
     (rule,) = policy["rules"]
     assert policy["maxRestarts"] > 0
-    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    assert rule["action"] == "FailJobSet"
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
     (replicated,) = jobset()["spec"]["replicatedJobs"]
     spec = replicated["template"]["spec"]
     assert spec["template"]["spec"]["restartPolicy"] == "Never"  # Kubernetes allows no other here
