@@ -1,7 +1,8 @@
-"""The launch recipes: shell scripts are linted, YAML fits its schema, flags and extras exist."""
+"""The launch recipes: scripts and image are linted, YAML fits its schema, flags exist."""
 
 import ast
 import functools
+import importlib.util
 import operator
 import re
 import shlex
@@ -135,8 +136,20 @@ def test_flags_are_those_of_the_command(path):
         assert (REPOSITORY / name).exists(), name
 
 
+def test_the_image_is_linted():
+    hadolint = [f"{sysconfig.get_path('scripts')}/hadolint", "--no-color", "-"]
+    text = (LAUNCH / "Dockerfile").read_text()
+    done = subprocess.run(hadolint, input=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    # No version: the linter does bite.
+    text = re.sub("FROM python.*", "FROM python", text)
+    assert subprocess.run(hadolint, input=text, capture_output=True, text=True).returncode == 1
+
+
 def test_the_image_installs_extras_and_files_that_exist():
     text = (LAUNCH / "Dockerfile").read_text()
+    for module in re.findall(r'"-m", "([\w.]+)"', text):
+        assert importlib.util.find_spec(module), module
     extras = set(re.search(r'extras="([^"]+)"', text)[1].split(","))
     extras |= set(re.search(r"DEVICE is (.+?)\.", text)[1].replace(" or", ",").split(", ")) - {
         "cpu"
