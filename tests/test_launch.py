@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from configs import base
-from dinov2_jax.config import REPOSITORY
+from dinov2_jax.config import REPOSITORY, load_config
+from dinov2_jax.config_rules import check_groups
 from dinov2_jax.flags import parse_flags
 from dinov2_jax.train import WRONG_INPUT
 from tests.jobset_schema import JOBSET
@@ -223,6 +224,34 @@ def test_tpu_vm_installs_a_python_that_the_package_allows(tmp_path):
     assert f"FROM python:{version}-" in (LAUNCH / "Dockerfile").read_text()
 
 
+@pytest.mark.parametrize("queued", [{}, {"QUEUED": "1"}], ids=["at once", "queued"])
+@pytest.mark.parametrize(
+    ("accelerator", "version"),
+    [
+        ("v4-512", "tpu-ubuntu2204-base"),
+        ("v5litepod-256", "v2-alpha-tpuv5-lite"),
+        ("v5p-128", "v2-alpha-tpuv5"),
+        ("v6e-256", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_the_software_is_that_of_the_accelerator(tmp_path, accelerator, version, queued):
+    wanted = dict(ACCELERATOR=accelerator, says="ACTIVE", **queued)
+    (words, *_), _ = commands(tmp_path, "tpu_vm.sh", "create", **wanted)
+    assert {accelerator, version} < set(words)
+    (tmp_path / "log").unlink()
+    (words, *_), _ = commands(tmp_path, "tpu_vm.sh", "create", **wanted, VERSION="other")
+    assert {accelerator, "other"} < set(words) and version not in words
+
+
+def test_software_that_nobody_knows_must_be_given(tmp_path):
+    (tmp_path / "log").touch()
+    wanted = dict(ACCELERATOR="tpu7x-256", code=2)
+    found, error = commands(tmp_path, "tpu_vm.sh", "create", **wanted)
+    assert not found and "ACCELERATOR=tpu7x-256: set VERSION" in error
+    (words,), _ = commands(tmp_path, "tpu_vm.sh", "create", ACCELERATOR="tpu7x-256", VERSION="new")
+    assert {"tpu7x-256", "new"} < set(words)
+
+
 def test_a_slice_that_will_not_come_is_not_waited_for(tmp_path):
     wanted = dict(ACCELERATOR="v5litepod-16", QUEUED="1")
     found, error = commands(tmp_path, "tpu_vm.sh", "create", says="FAILED", code=1, **wanted)
@@ -239,3 +268,20 @@ def test_xpk_passes_the_flags_as_they_are(tmp_path):
     # As long as the other recipes give: its own 30 s are short for a large model's checkpoint.
     assert options["--termination-grace-period-seconds"] == "300"
     assert shlex.split(options["--command"])[-2:] == list(FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_devices"),
+    [("tpu_vm.sh", 256), ("xpk.sh", 256), ("slurm.sbatch", 4 * 8), ("jobset.yaml", 2 * 16)],
+)
+def test_the_batch_of_an_example_is_whole_groups_on_its_devices(name, num_devices):
+    header = (LAUNCH / name).read_text().partition("\nset -euo")[0]
+    flags = parse_flags(shlex.split(" ".join(re.findall(r"--config\S+", header))))
+    assert flags.overrides or name == "slurm.sbatch"
+    config = load_config(str(REPOSITORY / flags.config), flags.overrides, needs_data=False)
+    check_groups(
+        global_batch_size=config.global_batch_size,
+        group_size=config.group_size,
+        num_batch_shards=num_devices // config.mesh.model,
+        num_micro_batches=config.grad_accumulation_steps,
+    )
