@@ -160,7 +160,7 @@ def estimate_logit_bytes(
     images: int,
     num_micro_batches: int,
     num_local_crops: int,
-    masked_tokens: float,
+    masked_rows: float,
     num_prototypes: Sequence[int],
 ) -> int:
     """What dense heads keep on one device, in float32.
@@ -172,12 +172,12 @@ def estimate_logit_bytes(
       images: on one device, in all micro-batches.
       num_micro_batches: that the student sees them in.
       num_local_crops: of one image.
-      masked_tokens: of one global crop, on average.
+      masked_rows: of one global crop, on average; those that hold nothing count.
       num_prototypes: on one device, of the DINO and the iBOT head; 0: no such loss.
     """
     dino_rows = 2 + 3 * (2 + num_local_crops) / num_micro_batches
     arrays = 2 if num_micro_batches == 1 else 3
-    ibot_rows = 2 * masked_tokens * (1 + arrays / num_micro_batches)
+    ibot_rows = 2 * masked_rows * (1 + arrays / num_micro_batches)
     dino, ibot = num_prototypes
     return int(4 * images * (dino_rows * dino + ibot_rows * ibot))
 

@@ -112,7 +112,7 @@ def test_activations_with_remat_are_what_is_kept():
 
 
 def test_logits_are_of_rows_and_prototypes():
-    settings = dict(images=8, num_micro_batches=1, num_local_crops=3, masked_tokens=10)
+    settings = dict(images=8, num_micro_batches=1, num_local_crops=3, masked_rows=10)
     dino = report.estimate_logit_bytes(**settings, num_prototypes=(100, 0))
     assert dino == 4 * 100 * 8 * (2 + 3 * (2 + 3))
     ibot = report.estimate_logit_bytes(**settings, num_prototypes=(0, 50))
