@@ -20,6 +20,7 @@ def start_table(
     mesh: Mesh,
     state: TrainState,
     dtype: str,
+    chosen: str,
     heads: str,
     global_batch_size: int,
     group_size: int,
@@ -35,6 +36,7 @@ def start_table(
       mesh: of the devices in use.
       state: abstract, with shardings.
       dtype: of the computation.
+      chosen: what each "auto" became; may be empty.
       heads: how the prototype losses are computed.
       global_batch_size, group_size: images.
       learning_rate: the sentence about it.
@@ -53,6 +55,7 @@ def start_table(
         "workdir": str(workdir),
         "mesh": f"{axes}, of {len(devices)} x {devices[0].device_kind}",
         "compute type": dtype,
+        **({"chosen by auto": chosen} if chosen else {}),
         "prototype losses": heads,
         "parameters": parameter_line(state.student),
         "steps": f"{total_steps:,}, {epochs:.4g} passes over the data",

@@ -55,6 +55,14 @@ def logit_bytes(config, mesh: Mesh) -> int:
     )
 
 
+def heads_name(config, mesh: Mesh) -> str:
+    """The value of `heads` that a run has: "dense", "blocks" or "pallas"."""
+    heads = build_heads(config, mesh)
+    if isinstance(heads, BlockHeads):
+        return "pallas" if heads.has_kernels else "blocks"
+    return "dense"
+
+
 def ibot_settings(config):
     """Of the head that patches go through."""
     return config.ibot if config.ibot.separate_head else config.dino
