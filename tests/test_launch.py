@@ -277,7 +277,7 @@ def test_xpk_passes_the_flags_as_they_are(tmp_path):
 def test_the_batch_of_an_example_is_whole_groups_on_its_devices(name, num_devices):
     header = (LAUNCH / name).read_text().partition("\nset -euo")[0]
     flags = parse_flags(shlex.split(" ".join(re.findall(r"--config\S+", header))))
-    assert flags.overrides or name == "slurm.sbatch"
+    assert flags.overrides
     config = load_config(str(REPOSITORY / flags.config), flags.overrides, needs_data=False)
     check_groups(
         global_batch_size=config.global_batch_size,
