@@ -11,7 +11,7 @@ from dinov2_jax import compile, config
 from dinov2_jax.config import REPOSITORY
 from dinov2_jax.cost import memory
 from dinov2_jax.cost.chips import TPUS
-from dinov2_jax.cost.topology import Topology, is_installed
+from dinov2_jax.cost.topology import Topology
 
 TINY = {
     "crops.global_crop_size_px": 28,
@@ -138,10 +138,9 @@ def test_the_largest_batch_by_the_compiler(tmp_path, capsys, monkeypatch):
     assert len(limits) == 3 and limits[2] == limits[0] < limits[1]  # the last is the full check
 
 
+@pytest.mark.usefixtures("cuda")
 def test_gpus_too(tmp_path):
     """Memory and collectives; there is no clock to estimate by."""
-    if not is_installed("jax_plugins.xla_cuda12"):
-        pytest.skip("the CUDA compiler is not installed: pip install -e '.[test,cuda12]'")
     file = tmp_path / "figures.json"
     assert compile.main([*flags("cuda:h100:2x2"), f"--json={file}"]) == 0
     figures = json.loads(file.read_text())
