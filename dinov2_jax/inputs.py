@@ -19,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dinov2_jax.augment import normalize
 from dinov2_jax.data.batch import Batch
 from dinov2_jax.data.image_ops import decode, resize_center_crop
-from dinov2_jax.data.masking import BlockMasks
 from dinov2_jax.data.multicrop import MultiCrop
 from dinov2_jax.data.pipeline import Batches, make_batches
 from dinov2_jax.data.records import BadImage, DataError, Source
@@ -28,6 +27,7 @@ from dinov2_jax.distributed import check_same, is_primary, together
 from dinov2_jax.evals.in_run import InRunEvaluation, crop_identity, labelled_knn
 from dinov2_jax.sharding import host_groups
 from dinov2_jax.startup import Trainer, as_config_error, build_augment
+from dinov2_jax.startup_heads import build_masks
 from dinov2_jax.visualize.crops import crops_sheet
 from dinov2_jax.visualize.pca import pca_colors, pca_sheet
 from dinov2_jax.visualize.photos import PhotoReader
@@ -55,20 +55,6 @@ def open_data(config) -> Source:
             return open_mixture(tuple(map(tuple, config.data.mixture)))
     with of_key("data.path"):
         return open_source(config.data.path)
-
-
-def build_masks(config) -> BlockMasks:
-    """Masks of one group; none without an iBOT loss."""
-    grid = config.crops.global_crop_size_px // config.model.patch_size
-    masks = config.masks
-    return BlockMasks(
-        rows=grid,
-        cols=grid,
-        num_crops=2 * config.group_size,
-        mask_probability=masks.mask_probability if config.ibot.loss_weight else 0.0,
-        mask_ratio_min=masks.mask_ratio_min,
-        mask_ratio_max=masks.mask_ratio_max,
-    )
 
 
 def open_batches(config, source: Source, mesh: Mesh, *, start_step: int) -> Batches:

@@ -7,7 +7,7 @@ import argparse
 
 from etils import epath
 
-from dinov2_jax import inputs, report, startup
+from dinov2_jax import inputs, report, startup, startup_table
 from dinov2_jax.advice.cautions import warnings_of
 from dinov2_jax.advice.proposals import suggest
 from dinov2_jax.advice.settings import RunSettings
@@ -23,7 +23,7 @@ def show(config, flags: argparse.Namespace, workdir: epath.Path) -> None:
     found = [source.describe()]
     if flags.dry_run:
         found.append(
-            startup.describe(
+            startup_table.describe(
                 config, trainer, config_path=flags.config, workdir=workdir, num_images=num_images
             )
         )

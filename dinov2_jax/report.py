@@ -20,6 +20,7 @@ def start_table(
     mesh: Mesh,
     state: TrainState,
     dtype: str,
+    chosen: str,
     heads: str,
     global_batch_size: int,
     group_size: int,
@@ -35,6 +36,7 @@ def start_table(
       mesh: of the devices in use.
       state: abstract, with shardings.
       dtype: of the computation.
+      chosen: what each "auto" became; may be empty.
       heads: how the prototype losses are computed.
       global_batch_size, group_size: images.
       learning_rate: the sentence about it.
@@ -53,6 +55,7 @@ def start_table(
         "workdir": str(workdir),
         "mesh": f"{axes}, of {len(devices)} x {devices[0].device_kind}",
         "compute type": dtype,
+        **({"chosen by auto": chosen} if chosen else {}),
         "prototype losses": heads,
         "parameters": parameter_line(state.student),
         "steps": f"{total_steps:,}, {epochs:.4g} passes over the data",
@@ -160,7 +163,7 @@ def estimate_logit_bytes(
     images: int,
     num_micro_batches: int,
     num_local_crops: int,
-    masked_tokens: float,
+    masked_rows: float,
     num_prototypes: Sequence[int],
 ) -> int:
     """What dense heads keep on one device, in float32.
@@ -172,12 +175,12 @@ def estimate_logit_bytes(
       images: on one device, in all micro-batches.
       num_micro_batches: that the student sees them in.
       num_local_crops: of one image.
-      masked_tokens: of one global crop, on average.
+      masked_rows: of one global crop, on average; those that hold nothing count.
       num_prototypes: on one device, of the DINO and the iBOT head; 0: no such loss.
     """
     dino_rows = 2 + 3 * (2 + num_local_crops) / num_micro_batches
     arrays = 2 if num_micro_batches == 1 else 3
-    ibot_rows = 2 * masked_tokens * (1 + arrays / num_micro_batches)
+    ibot_rows = 2 * masked_rows * (1 + arrays / num_micro_batches)
     dino, ibot = num_prototypes
     return int(4 * images * (dino_rows * dino + ibot_rows * ibot))
 

@@ -1,4 +1,4 @@
-"""Builds everything a run needs from its configuration, and says what it built.
+"""Builds everything a run needs from its configuration.
 
 Part of the door: beside `config.py`, `train.py` and the commands, the only file that reads a
 configuration; whatever it calls takes plain arguments.
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dinov2_jax import report, sharding
+from dinov2_jax import sharding
 from dinov2_jax.augment import augment
 from dinov2_jax.checkpoints import abstract_like
 from dinov2_jax.compiler import compiler_options
@@ -28,8 +28,8 @@ from dinov2_jax.models.vit import VARIANTS, VisionTransformer
 from dinov2_jax.objective import LossSettings
 from dinov2_jax.optim.optimizer import make_optimizer
 from dinov2_jax.optim.param_groups import parameter_groups
-from dinov2_jax.optim.schedules import Schedules, describe_learning_rate, scaled_learning_rate
-from dinov2_jax.startup_heads import build_heads, describe_heads
+from dinov2_jax.optim.schedules import Schedules, scaled_learning_rate
+from dinov2_jax.startup_heads import build_heads
 from dinov2_jax.train_state import Network, Params, TrainState, init_state
 from dinov2_jax.train_step import make_train_step
 
@@ -256,41 +256,4 @@ def build_schedules(config) -> Schedules:
         teacher_temp_start=config.centering.teacher_temp_start,
         teacher_temp=config.centering.teacher_temp,
         teacher_temp_warmup_steps=config.centering.teacher_temp_warmup_steps,
-    )
-
-
-def describe(config, trainer: Trainer, *, config_path: str, workdir, num_images: int) -> str:
-    """The start-up table."""
-    backbone = trainer.network.backbone
-    shards = sharding.batch_shards(trainer.mesh)
-    patches = (config.crops.global_crop_size_px // config.model.patch_size) ** 2
-    local_patches = (config.crops.local_crop_size_px // config.model.patch_size) ** 2
-    extra = 1 + config.model.num_register_tokens
-    activation_bytes = report.estimate_activation_bytes(
-        images=config.global_batch_size // shards // config.grad_accumulation_steps,
-        global_tokens=patches + extra,
-        local_tokens=local_patches + extra,
-        num_local_crops=config.crops.num_local_crops,
-        embed_dim=backbone.embed_dim,
-        depth=backbone.depth,
-        num_heads=backbone.num_heads,
-        mlp_ratio=config.model.mlp_ratio,
-        itemsize=jnp.dtype(backbone.dtype).itemsize,
-        kept_share=1 - config.model.drop_path_rate * (config.model.drop_path_mode == "subset"),
-        remat=backbone.remat,
-    )
-    heads, logit_bytes = describe_heads(config, trainer.mesh)
-    return report.start_table(
-        config_path=config_path,
-        workdir=workdir,
-        mesh=trainer.mesh,
-        state=trainer.abstract_state,
-        dtype=str(jnp.dtype(backbone.dtype)),
-        heads=heads,
-        global_batch_size=config.global_batch_size,
-        group_size=config.group_size,
-        learning_rate=describe_learning_rate(**learning_rate_rule(config)),
-        activation_bytes=activation_bytes + logit_bytes,
-        epochs=config.total_steps * config.global_batch_size / num_images,
-        total_steps=config.total_steps,
     )

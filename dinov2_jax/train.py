@@ -36,6 +36,7 @@ from dinov2_jax.preemption import watch_notices
 from dinov2_jax.progress import Display, format_secs
 from dinov2_jax.rhythm import Rhythm
 from dinov2_jax.signals import StopSignals
+from dinov2_jax.startup_table import describe
 from dinov2_jax.storage import write_whole
 from dinov2_jax.teacher_file import teacher_writer
 from dinov2_jax.workdir import (
@@ -121,7 +122,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
         trainer = startup.build_trainer(config, mesh)
         evaluation = distributed.together(lambda: inputs.build_evaluation(config, trainer))
         say(
-            startup.describe(
+            describe(
                 config, trainer, config_path=flags.config, workdir=workdir, num_images=len(source)
             )
         )

@@ -10,13 +10,13 @@ from jax.sharding import Mesh
 
 from dinov2_jax.cost.flops import BackboneSizes, HeadSizes, step_flops
 from dinov2_jax.data.batch import batch_layout
-from dinov2_jax.inputs import build_masks
 from dinov2_jax.models.drop_path import num_kept
 from dinov2_jax.models.heads import DINOHead
 from dinov2_jax.models.layers import ffn_hidden_dim
 from dinov2_jax.sharding import DEVICE_FIELDS, batch_sharding
 from dinov2_jax.speed import Speed
 from dinov2_jax.startup import Trainer
+from dinov2_jax.startup_heads import build_masks
 from dinov2_jax.train_state import Network
 
 

@@ -9,15 +9,18 @@
 #   launch/tpu_vm.sh delete
 #
 # Set in the environment: NAME (of the slice), ZONE, ACCELERATOR (such as v5litepod-256), WORKDIR
-# (gs://bucket/folder, which all hosts can write). Optional: PROJECT, VERSION (of the software;
-# default v2-alpha-tpuv5-lite for v5e), SPOT=1, QUEUED=1 (ask by a queued resource),
+# (gs://bucket/folder, which all hosts can write). Optional: PROJECT, VERSION (of the software; the
+# default goes by ACCELERATOR), SPOT=1, QUEUED=1 (ask by a queued resource),
 # DINOV2_JAX_TAR_INDEX (where all hosts keep the index of tar shards; default WORKDIR/tar_index),
 # JAX_COMPILATION_CACHE_DIR (where they keep compiled programs; default WORKDIR/compiled).
-# FLAGS go to `python -m dinov2_jax.train`. After a preemption: delete, create, setup, run.
+# FLAGS go to `python -m dinov2_jax.train`. After a preemption: delete, create, setup, run. On
+# v5litepod-256 a device gets 12 of ViT-L's 3072 images, so groups must divide 12; FLAGS there:
+#   --config=configs/vitl14.py --config.group_size=12 --config.mesh.fsdp=16 \
+#       --config.data.path='gs://bucket/images/*.tar'
 set -euo pipefail
 
 usage() {
-    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,20s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
 if [[ $# -eq 0 || $1 == -* ]]; then usage; fi
@@ -33,7 +36,20 @@ everywhere() {
 case ${1:-} in
 create)
     : "${ACCELERATOR:?set ACCELERATOR, such as v5litepod-256}"
-    version=${VERSION:-v2-alpha-tpuv5-lite}
+    # cloud.google.com/tpu/docs/runtimes; Cloud TPU's own interface has no tpu7x.
+    case $ACCELERATOR in
+    v4-*) version=tpu-ubuntu2204-base ;;
+    v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+    v5p-*) version=v2-alpha-tpuv5 ;;
+    v6e-*) version=v2-alpha-tpuv6e ;;
+    *) version= ;;
+    esac
+    version=${VERSION:-$version}
+    if [[ -z $version ]]; then
+        echo "no software is known for ACCELERATOR=$ACCELERATOR: set VERSION to one of" \
+            "cloud.google.com/tpu/docs/runtimes (TPU7x: use GKE, launch/jobset.yaml)" >&2
+        exit 2
+    fi
     if [[ -n ${QUEUED:-} ]]; then
         gcloud compute tpus queued-resources create "$NAME" --node-id "$NAME" "${where[@]}" \
             --accelerator-type "$ACCELERATOR" --runtime-version "$version" ${SPOT:+--spot}

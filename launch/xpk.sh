@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains on TPU slices of a GKE cluster by xpk (github.com/AI-Hypercomputer/xpk).
 #
-#   launch/xpk.sh --config=configs/vitg14.py --config.data.path='gs://bucket/images/*.tar' ...
+#   launch/xpk.sh --config=configs/vitg14.py --config.mesh.fsdp=16 \
+#       --config.data.path='gs://bucket/images/*.tar' ...
 #
 # Set in the environment: CLUSTER, TPU_TYPE (such as v5litepod-256), WORKDIR (gs://bucket/folder).
 # Optional: WORKLOAD (its name), NUM_SLICES (default 1), IMAGE (a pushed image of launch/Dockerfile;
@@ -12,7 +13,7 @@
 set -euo pipefail
 
 if [[ $# -eq 0 || $1 == -h || $1 == --help ]]; then
-    sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 : "${CLUSTER:?set CLUSTER}" "${TPU_TYPE:?set TPU_TYPE, such as v5litepod-256}"

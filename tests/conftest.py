@@ -34,9 +34,20 @@ def key() -> jax.Array:
 @pytest.fixture
 def libtpu():
     """Skips without the TPU's compiler; with DINOV2_JAX_REQUIRE_LIBTPU=1 (CI) that is a failure."""
-    if not is_installed("libtpu"):
-        message = "NOTHING IS COMPILED FOR TPUS: pip install -e '.[test,tpu]'"
-        if os.environ.get("DINOV2_JAX_REQUIRE_LIBTPU") == "1":
+    need_compiler("libtpu", "LIBTPU", "NOTHING IS COMPILED FOR TPUS: pip install -e '.[test,tpu]'")
+
+
+@pytest.fixture
+def cuda():
+    """Likewise without the CUDA compiler; with DINOV2_JAX_REQUIRE_CUDA=1."""
+    packages = f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
+    message = f"NOTHING IS COMPILED FOR GPUS: pip install --no-deps {packages}"
+    need_compiler("jax_plugins.xla_cuda12", "CUDA", message)
+
+
+def need_compiler(module: str, name: str, message: str) -> None:
+    if not is_installed(module):
+        if os.environ.get(f"DINOV2_JAX_REQUIRE_{name}") == "1":
             pytest.fail(message, pytrace=False)
         pytest.skip(message)
 

@@ -7,10 +7,11 @@ import re
 import jax
 import pytest
 
-from dinov2_jax import compile, config, startup
+from dinov2_jax import compile, config
 from dinov2_jax.config import REPOSITORY
+from dinov2_jax.cost import memory
 from dinov2_jax.cost.chips import TPUS
-from dinov2_jax.cost.topology import Topology, is_installed, open_topology
+from dinov2_jax.cost.topology import Topology
 
 TINY = {
     "crops.global_crop_size_px": 28,
@@ -92,10 +93,54 @@ def test_a_step_that_does_not_fit(tmp_path, capsys):
     assert "what lowers it: mesh.fsdp" in out
 
 
+# Of the quickest compile: one block, one loss, and no kernels.
+SMALLEST = {
+    "model.depth": 1,
+    "crops.num_local_crops": 0,
+    "ibot.loss_weight": 0.0,
+    "koleo.loss_weight": 0.0,
+    "attention": "xla",
+    "layer_norm": "xla",
+    "drop_path_form": "gather",
+    "heads": "dense",
+    "remat": "none",
+}
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_two_slices(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    argv = flags("v5e:2x2", **SMALLEST, group_size=2)
+    assert compile.main([*argv, "--slices=2", f"--json={file}"]) == 0
+    figures = json.loads(file.read_text())
+    assert (figures["slices"], figures["devices"], figures["mesh"]["data"]) == (2, 8, 8)
+    # A part of the gradients goes from slice to slice, and takes time.
+    assert 0 < figures["collective_bytes"]["dcn"]
+    assert "v5e:2x2 x 2 slices: 8 devices" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_the_largest_batch_by_the_compiler(tmp_path, capsys, monkeypatch):
+    """On chips with hardly more memory than the first batch takes: the second is refused."""
+    file, limits = tmp_path / "figures.json", []
+
+    def memory_of(compiled, chip):
+        limits.append(1.1 * memory.memory_of(compiled, chip).peak_bytes)
+        return memory.memory_of(compiled, dataclasses.replace(chip, hbm_bytes=int(limits[0])))
+
+    monkeypatch.setattr(compile, "memory_of", memory_of)
+    argv = flags("v5e:2x2", **SMALLEST, group_size=4)
+    assert compile.main([*argv, "--find-max-batch", "--fits_only", f"--json={file}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["global_batch_size=16 fits", "global_batch_size=32 does not fit"]
+    figures = json.loads(file.read_text())
+    assert figures["fits"] and figures["global_batch_size"] == 16
+    assert len(limits) == 3 and limits[2] == limits[0] < limits[1]  # the last is the full check
+
+
+@pytest.mark.usefixtures("cuda")
 def test_gpus_too(tmp_path):
     """Memory and collectives; there is no clock to estimate by."""
-    if not is_installed("jax_plugins.xla_cuda12"):
-        pytest.skip("the CUDA compiler is not installed: pip install -e '.[test,cuda12]'")
     file = tmp_path / "figures.json"
     assert compile.main([*flags("cuda:h100:2x2"), f"--json={file}"]) == 0
     figures = json.loads(file.read_text())
@@ -232,38 +277,3 @@ def test_what_the_devices_do_not_allow_is_one_line(argv, message, capsys):
     assert compile.main(argv) == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") == 1
-
-
-@pytest.mark.usefixtures("libtpu")
-def test_slices_are_cut_by_data_alone():
-    topology = open_topology("v5e:2x2", num_slices=2)
-    mesh = startup.sharding.make_mesh(data=-1, fsdp=2, devices=topology.devices)
-    assert mesh.devices.shape == (4, 2, 1)
-    slices = [[device.slice_index for device in row] for row in mesh.devices[:, :, 0]]
-    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
-
-
-@pytest.mark.usefixtures("libtpu")
-@pytest.mark.parametrize(
-    ("name", "num_slices", "axes"),
-    [
-        ("v6e:4x4", 1, dict(fsdp=8)),
-        ("v5p:2x2x2", 1, dict(fsdp=2, model=2)),
-        ("v6e:4x4", 2, dict(fsdp=8)),
-    ],
-)
-def test_axes_need_not_be_sides_of_the_torus(name, num_slices, axes):
-    """jax.make_mesh refuses the first (v5e apart): 8 is neither 4 nor 4 x 4."""
-    topology = open_topology(name, num_slices=num_slices)
-    mesh = startup.sharding.make_mesh(**axes, devices=topology.devices)
-    assert mesh.shape["fsdp"] == axes["fsdp"] and mesh.size == len(topology.devices)
-    assert len(set(mesh.devices.flat)) == mesh.size
-
-
-@pytest.mark.usefixtures("libtpu")
-def test_whole_sides_come_first():
-    """Only a side is a ring: an axis of 4 on 4 x 4 is a row or a column, not a 2 x 2 square."""
-    mesh = startup.sharding.make_mesh(fsdp=4, devices=open_topology("v6e:4x4").devices)
-    for row in mesh.devices[:, :, 0]:
-        xs, ys, _ = zip(*(device.coords for device in row), strict=True)
-        assert len(set(xs)) == 1 or len(set(ys)) == 1

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dinov2_jax import inputs
-from dinov2_jax.config import REPOSITORY, load_config
+from dinov2_jax.config import load_config
 from dinov2_jax.data.records import DataError
 from dinov2_jax.distributed import HostError
 from dinov2_jax.sharding import make_mesh
@@ -41,14 +41,6 @@ def test_errors_of_a_source_name_their_key(tmp_path):
         inputs.open_data(load(data__path="", data__mixture=f"(('{tmp_path}/no', 1.0),)"))
 
 
-def test_without_an_ibot_loss_nothing_is_masked():
-    rng = np.random.default_rng(0)
-    masks, _, weights = inputs.build_masks(load())(rng)
-    assert masks.any() and weights.any()
-    masks, _, weights = inputs.build_masks(load(ibot__loss_weight=0.0))(rng)
-    assert not masks.any() and not weights.any()
-
-
 def test_batches_have_the_sizes_of_the_configuration():
     config = load(global_batch_size=8, group_size=2)
     mesh = make_mesh(data=4, devices=jax.devices()[:4])
@@ -78,14 +70,6 @@ def test_a_bad_image_is_explained_by_what_decoding_says(tmp_path):
 def test_there_may_be_no_evaluation():
     assert inputs.evaluate_with_baselines(None) is None
     assert inputs.build_evaluation(load(eval__kind="none"), trainer=None) is None
-
-
-def test_every_shipped_recipe_describes_masks_of_its_grid():
-    for path in sorted((REPOSITORY / "configs").glob("vit*.py")):
-        config = load_config(str(path), [("data.path", "photos:")])
-        grid = config.crops.global_crop_size_px // config.model.patch_size
-        masks = inputs.build_masks(config)
-        assert (masks.rows, masks.cols) == (grid, grid), path.name
 
 
 def test_nothing_is_drawn_of_photos_that_another_host_cannot_read(tmp_path, monkeypatch):

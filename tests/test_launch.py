@@ -1,18 +1,24 @@
-"""The launch recipes: shell scripts are linted, YAML fits its schema, flags and extras exist."""
+"""The launch recipes: scripts and image are linted, YAML fits its schema, flags exist."""
 
 import ast
+import functools
+import importlib.util
+import operator
 import re
 import shlex
 import subprocess
 import sysconfig
 
+import jsonschema
 import pytest
 import yaml
 
 from configs import base
-from dinov2_jax.config import REPOSITORY
+from dinov2_jax.config import REPOSITORY, load_config
+from dinov2_jax.config_rules import check_groups
 from dinov2_jax.flags import parse_flags
 from dinov2_jax.train import WRONG_INPUT
+from tests.jobset_schema import JOBSET
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
@@ -51,14 +57,34 @@ def jobset() -> dict:
     return yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
 
 
+def keys_of(content, *path):
+    """The path to every key of mappings in lists in mappings, but for names of annotations."""
+    pairs = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, value in pairs:
+        if isinstance(content, dict):
+            yield (*path, key)
+        if isinstance(value, dict | list) and (*path, key)[-2:] != ("template", "spec"):
+            if key != "annotations":
+                yield from keys_of(value, *path, key)
+
+
+def test_the_jobset_fits_its_schema():
+    jsonschema.validate(jobset(), JOBSET)
+    keys = list(keys_of(jobset()))
+    assert ("spec", "failurePolicy", "rules", 0, "action") in keys
+    for *path, key in keys:
+        for misspelt, value in ((f"{key}s", None), (key, 1.5)):
+            content = jobset()
+            parent = functools.reduce(operator.getitem, path, content)
+            parent[misspelt] = parent.pop(key) if value is None else value
+            with pytest.raises(jsonschema.ValidationError):
+                jsonschema.validate(content, JOBSET)
+
+
 def test_the_jobs_of_the_jobset_fit_their_schema():
     import kubernetes_validate
 
-    content = jobset()
-    assert content["kind"] == "JobSet" and content["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
-    assert set(content["spec"]) <= {"failurePolicy", "replicatedJobs", "network", "successPolicy"}
-    for replicated in content["spec"]["replicatedJobs"]:
-        assert set(replicated) == {"name", "replicas", "template"}
+    for replicated in jobset()["spec"]["replicatedJobs"]:
         job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}}
         job["spec"] = replicated["template"]["spec"]
         kubernetes_validate.validate(job, JOBSET_VERSION, strict=True)
@@ -72,7 +98,8 @@ def test_the_jobset_restarts_but_not_with_wrong_input():
     policy = jobset()["spec"]["failurePolicy"]
     (rule,) = policy["rules"]
     assert policy["maxRestarts"] > 0
-    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    assert rule["action"] == "FailJobSet"
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
     (replicated,) = jobset()["spec"]["replicatedJobs"]
     spec = replicated["template"]["spec"]
     assert spec["template"]["spec"]["restartPolicy"] == "Never"  # Kubernetes allows no other here
@@ -110,8 +137,20 @@ def test_flags_are_those_of_the_command(path):
         assert (REPOSITORY / name).exists(), name
 
 
+def test_the_image_is_linted():
+    hadolint = [f"{sysconfig.get_path('scripts')}/hadolint", "--no-color", "-"]
+    text = (LAUNCH / "Dockerfile").read_text()
+    done = subprocess.run(hadolint, input=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    # No version: the linter does bite.
+    text = re.sub("FROM python.*", "FROM python", text)
+    assert subprocess.run(hadolint, input=text, capture_output=True, text=True).returncode == 1
+
+
 def test_the_image_installs_extras_and_files_that_exist():
     text = (LAUNCH / "Dockerfile").read_text()
+    for module in re.findall(r'"-m", "([\w.]+)"', text):
+        assert importlib.util.find_spec(module), module
     extras = set(re.search(r'extras="([^"]+)"', text)[1].split(","))
     extras |= set(re.search(r"DEVICE is (.+?)\.", text)[1].replace(" or", ",").split(", ")) - {
         "cpu"
@@ -185,6 +224,34 @@ def test_tpu_vm_installs_a_python_that_the_package_allows(tmp_path):
     assert f"FROM python:{version}-" in (LAUNCH / "Dockerfile").read_text()
 
 
+@pytest.mark.parametrize("queued", [{}, {"QUEUED": "1"}], ids=["at once", "queued"])
+@pytest.mark.parametrize(
+    ("accelerator", "version"),
+    [
+        ("v4-512", "tpu-ubuntu2204-base"),
+        ("v5litepod-256", "v2-alpha-tpuv5-lite"),
+        ("v5p-128", "v2-alpha-tpuv5"),
+        ("v6e-256", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_the_software_is_that_of_the_accelerator(tmp_path, accelerator, version, queued):
+    wanted = dict(ACCELERATOR=accelerator, says="ACTIVE", **queued)
+    (words, *_), _ = commands(tmp_path, "tpu_vm.sh", "create", **wanted)
+    assert {accelerator, version} < set(words)
+    (tmp_path / "log").unlink()
+    (words, *_), _ = commands(tmp_path, "tpu_vm.sh", "create", **wanted, VERSION="other")
+    assert {accelerator, "other"} < set(words) and version not in words
+
+
+def test_software_that_nobody_knows_must_be_given(tmp_path):
+    (tmp_path / "log").touch()
+    wanted = dict(ACCELERATOR="tpu7x-256", code=2)
+    found, error = commands(tmp_path, "tpu_vm.sh", "create", **wanted)
+    assert not found and "ACCELERATOR=tpu7x-256: set VERSION" in error
+    (words,), _ = commands(tmp_path, "tpu_vm.sh", "create", ACCELERATOR="tpu7x-256", VERSION="new")
+    assert {"tpu7x-256", "new"} < set(words)
+
+
 def test_a_slice_that_will_not_come_is_not_waited_for(tmp_path):
     wanted = dict(ACCELERATOR="v5litepod-16", QUEUED="1")
     found, error = commands(tmp_path, "tpu_vm.sh", "create", says="FAILED", code=1, **wanted)
@@ -201,3 +268,20 @@ def test_xpk_passes_the_flags_as_they_are(tmp_path):
     # As long as the other recipes give: its own 30 s are short for a large model's checkpoint.
     assert options["--termination-grace-period-seconds"] == "300"
     assert shlex.split(options["--command"])[-2:] == list(FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_devices"),
+    [("tpu_vm.sh", 256), ("xpk.sh", 256), ("slurm.sbatch", 4 * 8), ("jobset.yaml", 2 * 16)],
+)
+def test_the_batch_of_an_example_is_whole_groups_on_its_devices(name, num_devices):
+    header = (LAUNCH / name).read_text().partition("\nset -euo")[0]
+    flags = parse_flags(shlex.split(" ".join(re.findall(r"--config\S+", header))))
+    assert flags.overrides
+    config = load_config(str(REPOSITORY / flags.config), flags.overrides, needs_data=False)
+    check_groups(
+        global_batch_size=config.global_batch_size,
+        group_size=config.group_size,
+        num_batch_shards=num_devices // config.mesh.model,
+        num_micro_batches=config.grad_accumulation_steps,
+    )

@@ -24,6 +24,7 @@ def test_the_table_counts_parameters_bytes_and_images():
         mesh=mesh,
         state=state,
         dtype="float32",
+        chosen="remat none",
         heads="dense",
         global_batch_size=64,
         group_size=4,
@@ -33,6 +34,7 @@ def test_the_table_counts_parameters_bytes_and_images():
         total_steps=1000,
     )
     assert "data 1 x fsdp 4 x model 2, of 8 x cpu" in table
+    assert "chosen by auto    remat none" in table
     assert "backbone 0.55 M, dino_head 0.2425 M" in table
     assert "64 images, 16 x 4 in groups; 16 images a device" in table
     # Four copies; large matrices are cut over fsdp = 4, the prototypes over both, the rest whole.
@@ -112,7 +114,7 @@ def test_activations_with_remat_are_what_is_kept():
 
 
 def test_logits_are_of_rows_and_prototypes():
-    settings = dict(images=8, num_micro_batches=1, num_local_crops=3, masked_tokens=10)
+    settings = dict(images=8, num_micro_batches=1, num_local_crops=3, masked_rows=10)
     dino = report.estimate_logit_bytes(**settings, num_prototypes=(100, 0))
     assert dino == 4 * 100 * 8 * (2 + 3 * (2 + 3))
     ibot = report.estimate_logit_bytes(**settings, num_prototypes=(0, 50))

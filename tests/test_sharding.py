@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dinov2_jax import sharding
+from dinov2_jax.cost.topology import open_topology
 from dinov2_jax.losses.head_modes import BlockHeads
 from dinov2_jax.objective import LossSettings
 from dinov2_jax.train_state import init_state
@@ -171,3 +172,38 @@ def test_bytes_per_device_counts_shards():
     tree = {"a": jax.ShapeDtypeStruct((64, 16), np.float32)}
     shardings = sharding.tree_sharding(tree, mesh, min_size_to_shard_mb=0.0)
     assert sharding.bytes_per_device(tree, shardings) == 64 * 16 * 4 // 8
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_slices_are_cut_by_data_alone():
+    topology = open_topology("v5e:2x2", num_slices=2)
+    mesh = sharding.make_mesh(data=-1, fsdp=2, devices=topology.devices)
+    assert mesh.devices.shape == (4, 2, 1)
+    slices = [[device.slice_index for device in row] for row in mesh.devices[:, :, 0]]
+    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+
+
+@pytest.mark.usefixtures("libtpu")
+@pytest.mark.parametrize(
+    ("name", "num_slices", "axes"),
+    [
+        ("v6e:4x4", 1, dict(fsdp=8)),
+        ("v5p:2x2x2", 1, dict(fsdp=2, model=2)),
+        ("v6e:4x4", 2, dict(fsdp=8)),
+    ],
+)
+def test_axes_need_not_be_sides_of_the_torus(name, num_slices, axes):
+    """jax.make_mesh refuses the first (v5e apart): 8 is neither 4 nor 4 x 4."""
+    topology = open_topology(name, num_slices=num_slices)
+    mesh = sharding.make_mesh(**axes, devices=topology.devices)
+    assert mesh.shape["fsdp"] == axes["fsdp"] and mesh.size == len(topology.devices)
+    assert len(set(mesh.devices.flat)) == mesh.size
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_whole_sides_come_first():
+    """Only a side is a ring: an axis of 4 on 4 x 4 is a row or a column, not a 2 x 2 square."""
+    mesh = sharding.make_mesh(fsdp=4, devices=open_topology("v6e:4x4").devices)
+    for row in mesh.devices[:, :, 0]:
+        xs, ys, _ = zip(*(device.coords for device in row), strict=True)
+        assert len(set(xs)) == 1 or len(set(ys)) == 1

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dinov2_jax import startup
+from dinov2_jax import startup, workload
 from dinov2_jax.config import REPOSITORY, ConfigError, load_config
 
 
@@ -92,6 +92,17 @@ def test_the_abstract_state_is_the_state():
 
     with jax.set_mesh(mesh):
         jax.tree.map(same, trainer.init(), trainer.abstract_state)
+
+
+def test_the_step_reuses_the_memory_of_its_state():
+    config = load("model.embed_dim=16", "model.depth=1", "model.num_heads=2", "mesh.data=1")
+    mesh = startup.build_mesh(config)
+    trainer = startup.build_trainer(config, mesh)
+    batch, state = workload.abstract_batch(config, mesh), trainer.abstract_state
+    with jax.set_mesh(mesh):
+        step = trainer.train_step.lower(state, batch, trainer.schedules.at(0)).compile()
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert step.memory_analysis().alias_size_in_bytes >= size
 
 
 def test_what_a_room_refuses_is_an_error_of_the_configuration():

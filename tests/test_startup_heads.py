@@ -1,5 +1,6 @@
-"""How a run chooses its way through the prototypes, and how it says so."""
+"""Which rows the heads get, how a run chooses its way through the prototypes, and says so."""
 
+import math
 import types
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 
 from dinov2_jax import startup_heads
 from dinov2_jax.config import REPOSITORY, load_config
+from dinov2_jax.cost.topology import open_topology
 from dinov2_jax.losses.head_modes import BlockHeads, DenseHeads
 from dinov2_jax.sharding import make_mesh
+from dinov2_jax.workload import abstract_batch
 
 CONFIG = str(REPOSITORY / "configs" / "vits14.py")
 
@@ -53,6 +56,35 @@ def test_logits_are_shared_by_devices_and_belong_to_losses():
     assert build(("grad_accumulation_steps", "2"))[1] < whole
 
 
+def test_without_an_ibot_loss_nothing_is_masked():
+    def draw(*overrides: tuple[str, str]):
+        config = load_config(CONFIG, overrides, needs_data=False)
+        return startup_heads.build_masks(config)(np.random.default_rng(0))
+
+    masks, _, weights = draw()
+    assert masks.any() and weights.any()
+    masks, _, weights = draw(("ibot.loss_weight", "0.0"))
+    assert not masks.any() and not weights.any()
+
+
+def test_every_shipped_recipe_describes_masks_of_its_grid():
+    for path in sorted((REPOSITORY / "configs").glob("vit*.py")):
+        config = load_config(str(path), needs_data=False)
+        grid = config.crops.global_crop_size_px // config.model.patch_size
+        masks = startup_heads.build_masks(config)
+        assert (masks.rows, masks.cols) == (grid, grid), path.name
+
+
+@pytest.mark.parametrize("group_size", [32, 12])
+def test_the_rows_that_hold_nothing_count_too(group_size):
+    """What is kept is of the arrays' rows: targets, logits and their exponentials."""
+    overrides = [("group_size", str(group_size)), ("dino.loss_weight", "0.0")]
+    config, mesh = load_config(CONFIG, overrides, needs_data=False), make_mesh(data=8)
+    rows = math.prod(abstract_batch(config, mesh)["mask_indices"].shape) // 8
+    found = startup_heads.logit_bytes(config, mesh)
+    assert found == 3 * 4 * rows * config.ibot.num_prototypes
+
+
 def test_blocks_keep_no_logits():
     config = load_config(CONFIG, (("data.path", "photos:"), ("heads", "blocks")))
     text, num_bytes = startup_heads.describe_heads(config, make_mesh())
@@ -60,3 +92,21 @@ def test_blocks_keep_no_logits():
     dense = load_config(CONFIG, (("data.path", "photos:"), ("heads", "dense")))
     text, num_bytes = startup_heads.describe_heads(dense, make_mesh())
     assert "dense" in text and num_bytes == startup_heads.logit_bytes(dense, make_mesh())
+
+
+@pytest.mark.usefixtures("libtpu")
+@pytest.mark.parametrize(
+    ("topology", "overrides", "expected"),
+    [
+        ("v5e:2x2", (), "by kernels: "),
+        ("v4:2x2x1", (), "by kernels, but for the losses, in blocks: "),
+        ("v4:2x2x1", (("ibot.loss_weight", "0.0"),), "by kernels: "),
+        # More rows than a call takes are several calls, but only so many.
+        ("v5p:2x2x1", (("global_batch_size", "1024"),), "by kernels: "),
+        ("v5p:2x2x1", (("global_batch_size", "131072"),), "by kernels, but for the losses"),
+    ],
+)
+def test_kernels_without_room_are_not_claimed(topology, overrides, expected):
+    config = load_config(CONFIG, overrides, needs_data=False)
+    mesh = make_mesh(devices=open_topology(topology).devices)
+    assert startup_heads.describe_heads(config, mesh)[0].startswith(expected)

@@ -62,6 +62,16 @@ def choose_implementation(name: str, device: jax.Device, dtype: jnp.dtype) -> st
     return name
 
 
+def computed_by(name: str, n: int, d: int, num_heads: int, dtype: jnp.dtype) -> str:
+    """What computes attention over n tokens of width d: `name`, or XLA if its kernels do not fit.
+
+    That goes by the chip of the mesh in use.
+    """
+    if name == "pallas" and not attention_pallas.fits(n, d, num_heads, jnp.dtype(dtype).itemsize):
+        return "xla"
+    return name
+
+
 def num_cores() -> int:
     """Of this process."""
     if hasattr(os, "sched_getaffinity"):
@@ -95,16 +105,18 @@ class Attention(nn.Module):
                 f"embed_dim={d} must be a multiple of num_heads={self.num_heads}; "
                 "the released models have heads of width 64"
             )
-        wants_kernel, itemsize = self.implementation == "pallas", jnp.dtype(self.dtype).itemsize
-        is_fused = wants_kernel and attention_pallas.fits(*x.shape[1:], self.num_heads, itemsize)
+        implementation = computed_by(
+            self.implementation, *x.shape[1:], self.num_heads, dtype=self.dtype
+        )
+        is_fused = implementation == "pallas"
         qkv = TokenDense(3 * d, dtype=self.dtype, hands_out_bias=is_fused, name="qkv")(x)
         if is_fused:
             x = attention_pallas.self_attention(*qkv, num_heads=self.num_heads)
-        elif self.implementation == "by_head":
+        elif implementation == "by_head":
             x = attend_by_head(qkv, self.num_heads)
         else:
             q, k, v = split_heads(qkv, self.num_heads)
-            x = attend(q, k, v, implementation="xla" if wants_kernel else self.implementation)
+            x = attend(q, k, v, implementation=implementation)
             x = rearrange(x, "b heads n hd -> b n (heads hd)")
         x = checkpoint_name(x, "attention")
         return TokenDense(d, self.dtype, hands_out_bias, name="proj")(x)
