@@ -180,6 +180,7 @@ class Loop:
             folder = self._tracing.enter_context(made_locally(self.workdir / "profile"))
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # the decoding threads' calls would drown the step
+            options.session_id = f"steps_{first}_{last}"  # one folder for the files of all hosts
             self._tracing.enter_context(jax.profiler.trace(str(folder), profiler_options=options))
             self._is_tracing = True
         elif self.step >= last:
