@@ -6,6 +6,7 @@
 
 Each is a process of its own; float32; `python -m benchmarks.train_step --threads 1`. All have
 malloc's settings of docs/performance.md, unless GLIBC_TUNABLES is set (empty: the system's own).
+Ours beside itself: `--contenders ours --variants remat=none drop_path_form=matmul`.
 """
 
 import argparse
@@ -49,6 +50,11 @@ MALLOC = {"arena_max": 1, "mmap_max": 0, "trim_threshold": 2**64 - 1}
 LOSSES = ("dino_global_loss", "dino_local_loss", "ibot_loss", "koleo_loss", "total_loss")
 
 
+def as_overrides(texts: list[str]) -> dict[str, str]:
+    """Values by dotted key, of KEY=VALUE."""
+    return dict(text.split("=", 1) for text in texts)
+
+
 def largest_difference(ours: dict[str, float], theirs: dict[str, float]) -> float:
     """Of the loss terms, relative to ours."""
     return max(abs(theirs[name] / ours[name] - 1) for name in LOSSES)
@@ -76,6 +82,9 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="of ours, e.g. remat=dots"
     )
+    parser.add_argument(
+        "--variants", nargs="+", default=[], metavar="KEY=VALUE", help="ours again, each changed"
+    )
     options = parser.parse_args()
     limit_threads(options.threads)
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -86,12 +95,15 @@ def main() -> None:
     )
     for title in options.cases:
         config_name, overrides = CASES[title]
-        overrides = overrides | dict(text.split("=", 1) for text in options.set)
+        overrides = overrides | as_overrides(options.set)
         with tempfile.TemporaryDirectory() as folder:
             children = {
                 name: Child(CONTENDERS[name], config_name, overrides, folder)
                 for name in dict.fromkeys(["ours", *options.contenders])
             }
+            for text in options.variants:
+                changed = overrides | as_overrides([text])
+                children[text] = Child(start_ours, config_name, changed, folder)
             first = {name: child.first for name, child in children.items()}
             if not overrides.get("model.drop_path_rate"):
                 for name in list(children)[1:]:
