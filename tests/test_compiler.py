@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 from dinov2_jax import compiler
 from dinov2_jax.config_rules import CHOICES
 from dinov2_jax.cost.topology import open_topology
+from dinov2_jax.sharding import make_mesh
 
 
 def test_the_configuration_knows_every_preset():
@@ -45,6 +47,33 @@ def test_flags_of_tpus_exist():
     x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=SingleDeviceSharding(device))
     options = compiler.compiler_options("tpu_overlap", platform=device.platform)
     jax.jit(lambda x: x + 1, compiler_options=options).lower(x).compile()
+
+
+@pytest.mark.usefixtures("libtpu")
+@pytest.mark.parametrize(("chip", "by_default"), [("v5e", True), ("v6e", False)])
+def test_collectives_run_beside_computation(chip, by_default):
+    """Gathering the weights of a scan's turns; v5e compiles to the same program with the preset."""
+    mesh = make_mesh(fsdp=4, devices=open_topology(f"{chip}:2x2").devices)
+
+    def place(shape, *spec):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
+
+    def loss(weights, x):
+        def step(x, w):
+            return jnp.tanh(x @ jax.lax.with_sharding_constraint(w, P())), None
+
+        return jax.lax.scan(step, x, weights)[0].astype(jnp.float32).sum()
+
+    weights, x = place((4, 1024, 1024), None, "fsdp"), place((16384, 1024), ("data", "fsdp"))
+    programs = []
+    for preset in ("", "tpu_overlap"):
+        options = compiler.compiler_options(preset, platform="tpu")
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(loss, compiler_options=options).lower(weights, x)
+        programs.append(lowered.compile().as_text())
+    is_beside = ["async_collective" in program for program in programs]
+    assert is_beside == [by_default, True]
+    assert (programs[0] == programs[1]) == by_default
 
 
 def test_errors():
