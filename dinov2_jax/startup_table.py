@@ -44,16 +44,19 @@ def describe_choices(config, trainer: Trainer) -> str:
     """What "auto" became, key by key; nothing of what was given."""
     mesh, backbone = trainer.mesh, trainer.network.backbone
     platform = mesh.devices.flat[0].platform
+    drops_paths = backbone.drop_path_rate > 0 and backbone.drop_path_mode == "subset"
     preset = choose_preset(config.compiler_preset, platform=platform)
     values = {
         "attention": describe_attention(config, backbone, mesh),
         "layer_norm": backbone.layer_norm,
-        "drop_path_form": backbone.drop_path_form,
+        "drop_path_form": backbone.drop_path_form if drops_paths else None,
         "remat": backbone.remat,
         "heads": heads_name(config, mesh),
         "compiler_preset": preset or "none",
     }
-    return ", ".join(f"{key} {value}" for key, value in values.items() if config[key] == "auto")
+    return ", ".join(
+        f"{key} {value}" for key, value in values.items() if value and config[key] == "auto"
+    )
 
 
 def describe(config, trainer: Trainer, *, config_path: str, workdir, num_images: int) -> str:

@@ -22,12 +22,20 @@ def table(config) -> str:
     )
 
 
+def chosen(config) -> str:
+    (line,) = [line for line in table(config).splitlines() if "chosen by auto" in line]
+    return line.split(maxsplit=3)[3]
+
+
 def test_the_table_says_what_auto_became(monkeypatch):
     monkeypatch.setattr(startup_table, "choose_preset", lambda name, platform: f"{platform}'s")
-    auto = table(load(("attention", "xla"), ("compiler_preset", "auto")))
-    (line,) = [line.strip() for line in auto.splitlines() if "chosen by auto" in line]
+    given = [("attention", "xla"), ("compiler_preset", "auto"), ("model.drop_path_rate", "0.1")]
     words = "layer_norm xla, drop_path_form gather, remat dots, heads dense, compiler_preset cpu's"
-    assert line.split(maxsplit=3)[3] == words
+    assert chosen(load(*given)) == words
+    # Where it makes no difference, it is not named.
+    others = words.replace("drop_path_form gather, ", "")
+    assert chosen(load(*given[:2])) == others
+    assert chosen(load(*given, ("model.drop_path_mode", "bernoulli"))) == others
 
 
 def test_the_table_says_nothing_of_what_was_given():
