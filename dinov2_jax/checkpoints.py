@@ -97,7 +97,7 @@ class Checkpoints:
         """Opens the directory, creating it, and removes what a killed save left behind.
 
         Args:
-          directory: local or remote (anything epath opens).
+          directory: on a disk, at gs://, or at s3:// after `object_stores.prepare`.
           keep: which steps stay; asked after every save.
           on_failure: called at once, in another thread, with what a write in the background fails
             of on this process; `save` and `wait` raise it when all processes know of it.

@@ -8,6 +8,7 @@ import functools
 import importlib
 import os
 import secrets
+from typing import Any
 
 from etils import epath
 
@@ -20,6 +21,12 @@ _CURES = {
     "if it is not Amazon's (AWS_ENDPOINT_URL), or have somebody give this account s3:ListBucket, "
     "s3:GetObject, s3:PutObject and s3:DeleteObject on it",
 }
+
+_NOT_TAUGHT = (
+    "needs a version of orbax-checkpoint that can be taught s3:// ({}); "
+    "pip install 'orbax-checkpoint==0.12.8'"
+)
+_DRIVER_SECS = 60.0
 
 
 class StoreError(RuntimeError):
@@ -53,7 +60,9 @@ def prepare(url: str) -> None:
 
 
 def check_access(workdir: epath.Path, *, probe: str) -> None:
-    """Finds out whether a bucket is there, may be listed, and written; leaves an object `probe`.
+    """Finds out whether a bucket is there, may be listed, written and cleared; leaves `probe`.
+
+    By every client that will: Orbax's drivers have logins and endpoints of their own.
 
     Raises:
       StoreError: it may not.
@@ -66,25 +75,48 @@ def check_access(workdir: epath.Path, *, probe: str) -> None:
             storage.Client().get_bucket(path.partition("/")[0])
         (workdir / probe).write_text(secrets.token_hex())
         list(workdir.iterdir())
+        second = workdir / f"{probe}.{secrets.token_hex()}"
+        second.write_text("")
+        second.unlink()
+        if kind == "s3":
+            _check_driver(str(workdir), key=second.name)
     # No credentials, no bucket, no permission, no network: each client raises kinds of its own.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise StoreError(f"cannot be used ({reason}); create the bucket, {_CURES[kind]}") from error
 
 
-def s3_driver(url: str) -> dict[str, str]:
-    """TensorStore's specification of s3://bucket/path, by the variables that s3fs obeys."""
+def _check_driver(url: str, *, key: str) -> None:
+    """Writes, reads, lists and deletes an object as Orbax will."""
+    import tensorstore
+
+    # By default it tries for minutes.
+    spec = s3_driver(f"{url}/") | {"s3_request_retries": {"max_retries": 2}}
+    try:
+        store = tensorstore.KvStore.open(spec).result(timeout=_DRIVER_SECS)
+        store.write(key, b"1").result(timeout=_DRIVER_SECS)
+        read = store.read(key).result(timeout=_DRIVER_SECS).value
+        listed = store.list().result(timeout=_DRIVER_SECS)
+        store.delete_range(tensorstore.KvStore.KeyRange(key, key + "\0")).result(
+            timeout=_DRIVER_SECS
+        )
+    except TimeoutError as error:
+        raise TimeoutError(f"TensorStore found no answer in {_DRIVER_SECS:.0f} s") from error
+    if read != b"1" or key.encode() not in listed:
+        raise OSError(f"TensorStore does not find what it wrote: {read}")
+
+
+def s3_driver(url: str) -> dict[str, Any]:
+    """TensorStore's specification of s3://bucket/path.
+
+    It asks the store for the bucket's region: the variables name the machine's.
+    """
     bucket, _, path = url.removeprefix("s3://").partition("/")
     spec = {"driver": "s3", "bucket": bucket, "path": path}
-    environment = os.environ.get
-    endpoint = environment("AWS_ENDPOINT_URL_S3") or environment("AWS_ENDPOINT_URL")
-    region = environment("AWS_REGION") or environment("AWS_DEFAULT_REGION")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint:
         spec["endpoint"] = endpoint
-        region = region or "us-east-1"  # no store but Amazon's can be asked for it
-    if region:
-        spec["aws_region"] = region
-    if environment("AWS_ACCESS_KEY_ID"):
+    if os.environ.get("AWS_ACCESS_KEY_ID"):
         # Not by the whole chain, whose every step that finds nothing prints an error.
         spec["aws_credentials"] = {"type": "environment"}
     return spec
@@ -94,8 +126,8 @@ def s3_driver(url: str) -> dict[str, str]:
 def _teach_orbax_s3() -> None:
     """Makes Orbax treat s3:// as it treats gs://, in the four functions that ask for gs:// alone.
 
-    They are not public: a version of Orbax without them is refused, and one that knows s3:// by
-    itself makes this function needless.
+    They are not public: a version of Orbax that does not ask them is refused, and one that knows
+    s3:// by itself makes this function needless.
     """
     try:
         from orbax.checkpoint._src.path import atomicity, atomicity_defaults, gcs_utils
@@ -106,10 +138,7 @@ def _teach_orbax_s3() -> None:
         names = ("get_default_temporary_path_class", "get_item_default_temporary_path_class")
         classes = {name: getattr(atomicity_defaults, name) for name in names}
     except (ImportError, AttributeError) as error:
-        raise StoreError(
-            f"this version of orbax-checkpoint cannot be taught s3:// ({error}); "
-            "pip install 'orbax-checkpoint==0.12.8'"
-        ) from error
+        raise StoreError(_NOT_TAUGHT.format(error)) from error
 
     def is_s3(path) -> bool:
         return str(path).startswith("s3://")
@@ -123,3 +152,6 @@ def _teach_orbax_s3() -> None:
     gcs_utils.get_kvstore_for_gcs = lambda path: s3_driver(path) if is_s3(path) else driver(path)
     for name, default in classes.items():
         setattr(atomicity_defaults, name, functools.partial(temporary_path_class, default))
+    spec = tensorstore_utils.build_kvstore_tspec("s3://bucket/path", use_ocdbt=False)
+    if spec.get("driver") != "s3":
+        raise StoreError(_NOT_TAUGHT.format(spec))

@@ -5,6 +5,8 @@ is, its firmware says. Elsewhere nothing is asked: SLURM and Kubernetes send SIG
 """
 
 import contextlib
+import http.client
+import math
 import os
 import pathlib
 import threading
@@ -12,11 +14,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 
+# Of both; a name would have to be looked up, for which there is no time limit.
+_ADDRESS = "169.254.169.254"
 _VENDOR = pathlib.Path("/sys/class/dmi/id/sys_vendor")
 EVERY_SECS = 5.0
 _TIMEOUT_SECS = 2.0
-# Unreachable so many times in a row: a container that may not ask. Nothing more will come.
+# Tries until the first answer: a container that may not ask never gets one.
 _MAX_FAILURES = 3
+_FAULTS = (OSError, ValueError, http.client.HTTPException)
 # Not by a proxy: the address is this machine's own.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -31,25 +36,24 @@ def _ask(url: str, *, method: str = "GET", **headers: str) -> str:
 def google() -> str | None:
     """What Compute Engine says of this machine's end; None: nothing.
 
+    Not of its maintenance, which is announced up to an hour before: SIGTERM comes when it begins.
+
     Raises:
-      OSError: it does not answer.
+      OSError, ValueError, HTTPException: it does not answer, or not as it should.
     """
-    host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
-    folder = f"http://{host}/computeMetadata/v1/instance"
-    if _ask(f"{folder}/preempted", Metadata_Flavor="Google") == "TRUE":
-        return "Google preempts this machine"
-    if _ask(f"{folder}/maintenance-event", Metadata_Flavor="Google").startswith("TERMINATE"):
-        return "Google terminates this machine for maintenance"
-    return None
+    host = os.environ.get("GCE_METADATA_HOST") or _ADDRESS
+    url = f"http://{host}/computeMetadata/v1/instance/preempted"
+    is_preempted = _ask(url, Metadata_Flavor="Google") == "TRUE"
+    return "Google preempts this machine" if is_preempted else None
 
 
 def amazon() -> str | None:
     """What EC2 says of this spot machine's end, two minutes before it; None: nothing.
 
     Raises:
-      OSError: it does not answer.
+      OSError, ValueError, HTTPException: it does not answer, or not as it should.
     """
-    host = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254")
+    host = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or f"http://{_ADDRESS}"
     folder = f"{host.rstrip('/')}/latest"
     token = _ask(f"{folder}/api/token", method="PUT", X_aws_ec2_metadata_token_ttl_seconds="60")
     try:
@@ -67,7 +71,10 @@ def asker() -> Callable[[], str | None] | None:
         vendor = _VENDOR.read_text()
     except OSError:
         return None
-    return google if "Google" in vendor else amazon if "Amazon" in vendor else None
+    if "Google" in vendor:
+        return google
+    is_allowed = os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() != "true"
+    return amazon if "Amazon" in vendor and is_allowed else None
 
 
 @contextlib.contextmanager
@@ -78,13 +85,11 @@ def watch_notices(tell: Callable[[str], None]) -> Iterator[None]:
         yield
         return
     stop = threading.Event()
-    thread = threading.Thread(target=_watch, args=(ask, tell, stop), daemon=True)
-    thread.start()
+    threading.Thread(target=_watch, args=(ask, tell, stop), daemon=True).start()
     try:
         yield
     finally:
-        stop.set()
-        thread.join()
+        stop.set()  # what it asks now need not be waited for
 
 
 def _watch(
@@ -93,10 +98,10 @@ def _watch(
     failures = 0
     while not stop.is_set() and failures < _MAX_FAILURES:
         try:
-            notice, failures = ask(), 0
-        except OSError:
+            notice, failures = ask(), -math.inf
+        except _FAULTS:
             notice, failures = None, failures + 1
-        if notice:
+        if notice and not stop.is_set():
             tell(notice)
             return
         stop.wait(EVERY_SECS)

@@ -42,7 +42,7 @@ class StopSignals:
     def notice(self, text: str) -> None:
         """Asks to stop as SIGTERM does, of which the first that follows is the same word."""
         if self.received is None:
-            self.received, self._is_noticed = signal.SIGTERM, True
+            self._is_noticed, self.received = True, signal.SIGTERM
             _say(text)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:

@@ -99,9 +99,7 @@ def move(folder: epath.Path, target: epath.Path) -> None:
         import fsspec
 
         store, path = fsspec.core.url_to_fs(str(folder))
-        objects = store.find(
-            path
-        )  # not `mv` of the folder: it would look for an object of its name
+        objects = store.find(path)  # not `mv` of the folder: no object has its name
         if objects:
             store.copy(objects, [f"{target}{name.removeprefix(path)}" for name in objects])
             store.rm(objects)

@@ -1,5 +1,6 @@
 """A cloud's notice is heard, asks a run to save and stop, and SIGTERM after it is the same word."""
 
+import http.client
 import http.server
 import os
 import signal
@@ -41,7 +42,6 @@ def answers(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Cloud)
     server.answers = {
         ("GET", f"{GOOGLE}preempted"): "FALSE",
-        ("GET", f"{GOOGLE}maintenance-event"): "NONE",
         ("PUT", f"{AMAZON}api/token"): "secret",
     }
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -62,19 +62,10 @@ def vendor(tmp_path, monkeypatch):
     return path.write_text
 
 
-@pytest.mark.parametrize(
-    "path, text, notice",
-    [
-        ("preempted", "TRUE", "Google preempts this machine"),
-        ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE", "for maintenance"),
-        ("maintenance-event", "MIGRATE_ON_HOST_MAINTENANCE", None),
-    ],
-)
-def test_google(answers, path, text, notice):
+def test_google(answers):
     assert preemption.google() is None
-    answers["GET", f"{GOOGLE}{path}"] = text
-    said = preemption.google()
-    assert notice in said if notice else said is None
+    answers["GET", f"{GOOGLE}preempted"] = "TRUE"
+    assert preemption.google() == "Google preempts this machine"
 
 
 def test_amazon(answers):
@@ -84,7 +75,8 @@ def test_amazon(answers):
     assert '{"action": "terminate", "time": "2017-09-18T08:22:00Z"}' in preemption.amazon()
 
 
-def test_whose_machine_it_is(vendor):
+def test_whose_machine_it_is(vendor, monkeypatch):
+    monkeypatch.delenv("AWS_EC2_METADATA_DISABLED", raising=False)
     assert preemption.asker() is None
     for text, asker in (
         ("Google\n", preemption.google),
@@ -93,31 +85,54 @@ def test_whose_machine_it_is(vendor):
     ):
         vendor(text)
         assert preemption.asker() is asker
+    vendor("Amazon EC2")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    assert preemption.asker() is None
 
 
-def test_a_watch_tells_once_and_gives_up_where_nobody_answers(monkeypatch):
-    said = iter([OSError(), OSError(), None, OSError(), "the end", "never asked"])
-    asked, told, done = [], [], threading.Event()
+def _watch(monkeypatch, answers: list) -> tuple[list, list]:
+    """What was asked, and what was told, when the watch has come to its end."""
+    said, asked, told = iter(answers), [], []
 
     def ask():
         asked.append(next(said))
-        if isinstance(asked[-1], OSError):
+        if isinstance(asked[-1], Exception):
             raise asked[-1]
         return asked[-1]
 
     monkeypatch.setattr(preemption, "EVERY_SECS", 0.0)
-    monkeypatch.setattr(preemption, "asker", lambda: ask)
-    with preemption.watch_notices(lambda text: (told.append(text), done.set())):
-        assert done.wait(timeout=60)
-    assert told == ["the end"] and len(asked) == 5
+    preemption._watch(ask, told.append, threading.Event())
+    return asked, told
 
-    said = iter([OSError()] * 3)  # a fourth would be StopIteration, which the thread would raise
-    asked.clear()
+
+def test_a_watch_tells_once(monkeypatch):
+    fault = OSError()
+    answers = [fault, fault, None, *[fault] * 5, http.client.BadStatusLine("?"), "the end", "more"]
+    asked, told = _watch(monkeypatch, answers)
+    assert told == ["the end"] and asked == answers[:-1]
+
+
+def test_a_watch_gives_up_where_nobody_ever_answers(monkeypatch):
+    asked, told = _watch(monkeypatch, [OSError(), ValueError(), OSError(), "not asked"])
+    assert len(asked) == 3 and told == []
+
+
+def test_leaving_does_not_wait_for_an_answer_nor_tell_it(monkeypatch):
+    asked, go_on, told = threading.Event(), threading.Event(), []
+
+    def ask():
+        asked.set()
+        go_on.wait(timeout=60)
+        return "too late"
+
+    monkeypatch.setattr(preemption, "asker", lambda: ask)
     with preemption.watch_notices(told.append):
-        for thread in threading.enumerate():
-            if thread.name.endswith("(_watch)"):
-                thread.join(timeout=60)
-    assert len(asked) == 3 and told == ["the end"]
+        assert asked.wait(timeout=60)
+        (thread,) = [t for t in threading.enumerate() if t.name.endswith("(_watch)")]
+    assert thread.is_alive()
+    go_on.set()
+    thread.join(timeout=60)
+    assert not thread.is_alive() and told == []
 
 
 def test_sigterm_after_a_notice_is_the_same_word():
