@@ -16,6 +16,7 @@ from dinov2_jax.losses import cross_entropy_pallas, pallas_tiles, sinkhorn_palla
 from dinov2_jax.losses.head_modes import BlockHeads
 from dinov2_jax.models.heads import DINOHead, Head
 from dinov2_jax.sharding import BATCH_AXES, make_mesh
+from tests.any_order import assert_same_in_any_order
 
 TOLERANCE = 1e-5
 
@@ -95,6 +96,29 @@ def test_more_rows_than_a_call_holds_are_taken_in_pieces(monkeypatch):
     want, got = jax.tree.leaves(run(n)), jax.tree.leaves(run(50))
     for left, right in zip(got, want, strict=True):
         np.testing.assert_allclose(left, right, atol=TOLERANCE * np.abs(right).max())
+
+
+def test_tiles_may_come_in_any_order():
+    rng = np.random.default_rng(0)
+    n, k, d = 2100, 1100, 16  # three tiles of rows, or five, and three or four of prototypes
+    draw = lambda *shape: rng.uniform(0.1, 0.3, shape).astype(np.float32)  # noqa: E731
+
+    def run(features, others, directions, lengths, row_vector, vector):
+        prototypes = directions, lengths
+        row_max = sinkhorn_pallas.largest_logits(features, prototypes)
+        rows = features, prototypes, others, prototypes, (row_max, row_vector), vector, (0.5, 0.5)
+        vectors = dict(norms=lengths, log_sum=row_vector, mass=row_vector, cotangent=row_vector)
+        return (
+            row_max,
+            sinkhorn_pallas.sum_rows(features, prototypes, row_max, row_vector, 0.5),
+            sinkhorn_pallas.sum_prototypes(features, prototypes, row_max, vector, 0.5),
+            cross_entropy_pallas.row_sums(*rows),
+            cross_entropy_pallas.gradients(*rows, **vectors),
+        )
+
+    arrays = draw(n, d), draw(n, d), draw(k, d), draw(k, 1), draw(n), draw(k)
+    names = ("max", "sum_rows", "sum", "cross_entropy", "gradients")
+    assert_same_in_any_order(run, *arrays, kernels={f"prototypes_{name}" for name in names})
 
 
 def compile_step(mesh, *, k: int):

@@ -17,6 +17,7 @@ from dinov2_jax.models import attention_pallas
 from dinov2_jax.models.attention import attend
 from dinov2_jax.models.vit import VisionTransformer
 from dinov2_jax.sharding import make_mesh
+from tests.any_order import assert_same_in_any_order
 
 self_attention = functools.partial(attention_pallas.self_attention, interpret=True)
 
@@ -88,6 +89,18 @@ def test_bias_gets_the_sums_of_the_gradient(b, n, num_heads, hd):
     _, expected = value_and_grad(plain, num_heads, qkv, grad)
     np.testing.assert_allclose(dqkv, expected, atol=3e-6)
     np.testing.assert_allclose(dbias, expected.sum(axis=(0, 1)), atol=1e-5)
+
+
+def test_images_may_come_in_any_order():
+    """Sums over queries in steps and over images; blocks that the groups of heads share."""
+
+    def run(qkv, bias, grad):
+        out, vjp = jax.vjp(functools.partial(self_attention, num_heads=4), qkv, bias)
+        return out, vjp(grad)
+
+    qkv, grad = draw(3, 331, 4, 64)
+    kernels = {"attention_forward", "attention_backward"}
+    assert_same_in_any_order(run, qkv, jnp.ones(qkv.shape[-1]), grad, kernels=kernels)
 
 
 @pytest.mark.parametrize("n", [5, 50])

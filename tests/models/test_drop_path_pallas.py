@@ -16,6 +16,7 @@ from dinov2_jax.models.drop_path import DropPath
 from dinov2_jax.models.drop_path_pallas import fork, join
 from dinov2_jax.models.vit import VisionTransformer
 from dinov2_jax.sharding import BATCH_AXES, make_mesh, shard_rows, tree_sharding
+from tests.any_order import assert_same_in_any_order
 
 FORMS = {"gather": "xla", "matmul": "xla", "pallas": "pallas"}  # and of layer normalisation
 subset = functools.partial(DropPath, 0.4, "subset")
@@ -108,6 +109,23 @@ def test_on_a_mesh(groups):
     want = value_and_grads(subset(groups), "mlp", *case)
     with jax.set_mesh(make_mesh(data=2, fsdp=2, model=2)):
         assert_same(value_and_grads(subset(groups, "pallas"), "mlp", *case), want, 5e-6)
+
+
+def test_images_may_come_in_any_order():
+    def run(x, scale, bias, gamma, grad):
+        def branch(x, scale, bias, gamma):
+            x, normal = fork(x, scale, bias, order, 3, x.dtype)
+            return join(x, normal, bias[0], gamma, order)
+
+        out, pull = jax.vjp(branch, x, scale, bias, gamma)
+        return out, pull(grad)
+
+    x, grad = draw(2, 5, 330, 8)
+    order = jnp.array([[4, 0, 2, 1, 3], [1, 3, 0, 2, 4]])
+    names = ("fork", "join", "join_backward", "fork_backward")
+    vectors = jnp.linspace(0.5, 1, 24).reshape(3, 1, 8)
+    kernels = {f"drop_path_{name}" for name in names}
+    assert_same_in_any_order(run, x, *vectors, grad, kernels=kernels)
 
 
 def test_the_stream_passes_dropped_images_untouched():

@@ -10,8 +10,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dinov2_jax.cost.topology import open_topology
 from dinov2_jax.models.layer_norm import choose_layer_norm, make_layer_norm
+from dinov2_jax.models.layer_norm_pallas import normalize
 from dinov2_jax.models.vit import VisionTransformer
 from dinov2_jax.sharding import BATCH_AXES, make_mesh
+from tests.any_order import assert_same_in_any_order
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -48,6 +50,17 @@ def test_bfloat16_has_float32_statistics():
     case = draw(2, 9, 64, dtype="bfloat16")
     want = value_and_grads("xla", "bfloat16", *case)
     assert_same(value_and_grads("pallas", "bfloat16", *case), want, 2**-7)
+
+
+def test_blocks_may_come_in_any_order():
+    def run(x, scale, bias, grad):
+        out, vjp = jax.vjp(lambda *args: normalize(*args, x.dtype), x, scale, bias)
+        return out, vjp(grad)
+
+    params, x, grad = draw(4, 600, 24)
+    vectors = params["scale"][None], params["bias"][None]
+    kernels = {"layer_norm_forward", "layer_norm_backward"}
+    assert_same_in_any_order(run, x, *vectors, grad, kernels=kernels)
 
 
 @pytest.mark.parametrize("b", [16, 3])  # 3 images are cut over no 4 devices: each takes all
