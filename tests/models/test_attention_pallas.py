@@ -164,9 +164,9 @@ def test_dots_keeps_the_result_and_blocks_makes_it_again(interpreted, remat, run
 
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("n", [5, 32, 50, 257, 1370])
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_compiles_for_tpus(topology, n):
-    mesh = make_mesh(data=2, fsdp=2, devices=open_topology(topology).devices)
+    mesh = make_mesh(data=2, fsdp=2, devices=open_topology(topology).devices[:4])
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     qkv, grad = (
         jax.ShapeDtypeStruct((8, n, width), jnp.bfloat16, sharding=rows) for width in (384, 128)
