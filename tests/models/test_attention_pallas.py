@@ -164,7 +164,7 @@ def test_dots_keeps_the_result_and_blocks_makes_it_again(interpreted, remat, run
 
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("n", [5, 32, 50, 257, 1370])
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_compiles_for_tpus(topology, n):
     mesh = make_mesh(data=2, fsdp=2, devices=open_topology(topology).devices[:4])
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
@@ -178,7 +178,8 @@ def test_compiles_for_tpus(topology, n):
         return out, vjp(grad)
 
     with jax.set_mesh(mesh):
-        assert attention_pallas.fits(n, 1536, 24)
+        # ViT-g; at 518 px not on the smallest chip, where 128 wide does.
+        assert attention_pallas.fits(n, 1536, 24) == (n < 1370 or not topology.startswith("v4"))
         text = jax.jit(both).lower(qkv, grad).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 2
     assert not [kind for kind in ("all-gather", "all-reduce", "all-to-all") if kind in text]
