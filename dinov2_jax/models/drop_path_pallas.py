@@ -161,7 +161,7 @@ class _Plan:
         steps = pl.cdiv(n, rows)
         # Numbers in the whole array, in one row, as the chip's memory for scalars likes them.
         self._places = (order + q * jnp.arange(s, dtype=order.dtype)[:, None]).reshape(-1)
-        self._grid, self._rows, self._d = (s, of, steps), rows, d
+        self._grid = s, of, steps
 
         def stay(i, step):
             return jnp.minimum(i, kept - 1), jnp.where(i < kept, step, steps - 1)
@@ -189,7 +189,7 @@ class _Plan:
         """Runs a kernel on (array, blocks), for (array or shape, blocks); one result comes bare."""
         arrays, ins = zip(*operands, strict=True)
         likes, outs = zip(*results, strict=True)
-        moved = zip((*arrays, *likes), (*ins, *outs), strict=True)
+        moved = list(zip((*arrays, *likes), (*ins, *outs), strict=True))
         found = pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -202,8 +202,7 @@ class _Plan:
             name=name,
             **call_settings(
                 grid=self._grid,
-                block_size=self._rows * self._d,
-                num_arrays=len(arrays) + len(likes),
+                blocks=[(blocks.spec.block_shape, a.dtype) for a, blocks in moved],
                 num_bytes=sum(
                     a.size * a.dtype.itemsize * blocks.images // a.shape[0] for a, blocks in moved
                 ),

@@ -6,6 +6,8 @@ for the gradient.
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,8 @@ from dinov2_jax.sharding import on_each_device, platform
 EPSILON = 1e-6
 MAX_ROWS = 320  # tokens of a block; more take several blocks of 256
 MIB = 2**20
+LANES = 128
+TEMPORARIES = 3  # float32 arrays of a block's shape that are in memory at once, at most
 
 
 def block_rows(n: int) -> int:
@@ -24,15 +28,27 @@ def block_rows(n: int) -> int:
     return n if n <= MAX_ROWS else 256
 
 
-def call_settings(*, grid: tuple[int, ...], block_size: int, num_arrays: int, num_bytes: int):
-    """Of a call whose steps, in any order, take a block of so many numbers of each array."""
-    vmem = block_size * 4 * (2 * num_arrays + 6)
+def vmem_bytes(blocks: Sequence[tuple[tuple[int, ...], Any]]) -> int:
+    """Vector memory for blocks of such shapes and types: each twice, and what is computed."""
+
+    def size(shape, itemsize: int) -> int:
+        rows = 32 // itemsize  # of a tile
+        return itemsize * pl.cdiv(shape[-2], rows) * rows * pl.cdiv(shape[-1], LANES) * LANES
+
+    moved = sum(size(shape, jnp.dtype(dtype).itemsize) for shape, dtype in blocks)
+    return 2 * moved + TEMPORARIES * max(size(shape, 4) for shape, _ in blocks)
+
+
+def call_settings(*, grid: tuple[int, ...], blocks: Sequence, num_bytes: int) -> dict:
+    """Of a call whose steps, in any order, take blocks of such shapes and types."""
+    size = max(math.prod(shape) for shape, _ in blocks)
     return dict(
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * len(grid), vmem_limit_bytes=max(16 * MIB, vmem)
+            dimension_semantics=("parallel",) * len(grid),
+            vmem_limit_bytes=max(16 * MIB, vmem_bytes(blocks)),
         ),
         cost_estimate=pl.CostEstimate(
-            flops=8 * block_size * math.prod(grid), transcendentals=0, bytes_accessed=num_bytes
+            flops=8 * size * math.prod(grid), transcendentals=0, bytes_accessed=num_bytes
         ),
         interpret=platform() != "tpu",
     )
@@ -50,7 +66,7 @@ def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype) -> jax.Arr
             in_specs=[plan.tokens, plan.vector, plan.vector],
             out_specs=plan.tokens,
             name="layer_norm_forward",
-            **plan.settings(num_arrays=2),
+            **plan.settings((x.dtype, dtype), num_vectors=2),
         )(x, scale, bias)
 
     return on_each_device(kernel, x, replicated=(scale, bias))
@@ -68,7 +84,7 @@ def _backward(dtype, kept, grad):
             in_specs=[plan.tokens, plan.tokens, plan.vector],
             out_specs=[plan.tokens, plan.sums, plan.sums],
             name="layer_norm_backward",
-            **plan.settings(num_arrays=3),
+            **plan.settings((x.dtype, grad.dtype, x.dtype), num_vectors=3),
         )(x, grad, scale)
 
     dx, dscale, dbias = on_each_device(kernel, x, grad, replicated=(scale,))
@@ -90,14 +106,15 @@ class _Plan:
         self.tokens = pl.BlockSpec((1, rows, d), lambda image, step: (image, step, 0))
         self.vector = pl.BlockSpec((1, d), lambda image, step: (0, 0))
         self.sums = pl.BlockSpec((1, 1, 1, d), lambda image, step: (image, step, 0, 0))
-        self._x, self._block = x, rows * d
+        self._size = x.size
 
-    def settings(self, num_arrays: int) -> dict:
-        """Of a call that reads and writes so many arrays as large as the tokens."""
-        num_bytes = num_arrays * self._x.nbytes
-        return dict(grid=self.grid) | call_settings(
-            grid=self.grid, block_size=self._block, num_arrays=num_arrays, num_bytes=num_bytes
-        )
+    def settings(self, dtypes: Sequence, *, num_vectors: int) -> dict:
+        """Of a call on arrays as large as the tokens, of such types, and on vectors."""
+        blocks = [(self.tokens.block_shape, dtype) for dtype in dtypes]
+        blocks += [(self.vector.block_shape, jnp.float32)] * num_vectors
+        num_bytes = sum(self._size * jnp.dtype(dtype).itemsize for dtype in dtypes)
+        settings = call_settings(grid=self.grid, blocks=blocks, num_bytes=num_bytes)
+        return dict(grid=self.grid) | settings
 
 
 def statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -79,15 +79,19 @@ class TokenDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array):
-        """Maps tokens `[b, n, d]` to `[b, n, features]`, or to its parts."""
+        """Maps tokens `[b, n, d]` to `[b, n, features]`, or to a tuple of its parts.
+
+        If the bias is handed out, to a pair of that and the bias, whole.
+        """
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        if self.hands_out_bias:
-            return self._map(x, kernel, jax.lax.stop_gradient(bias)), bias
+        added = jax.lax.stop_gradient(bias) if self.hands_out_bias else bias
         if self.num_parts > 1:
-            parts = (jnp.split(a, self.num_parts, axis=-1) for a in (kernel, bias))
-            return tuple(self._map(x, *part) for part in zip(*parts, strict=True))
-        return self._map(x, kernel, bias)
+            parts = (jnp.split(a, self.num_parts, axis=-1) for a in (kernel, added))
+            out = tuple(self._map(x, *part) for part in zip(*parts, strict=True))
+        else:
+            out = self._map(x, kernel, added)
+        return (out, bias) if self.hands_out_bias else out
 
     def _map(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)

@@ -16,6 +16,7 @@ from dinov2_jax.losses import cross_entropy_pallas, pallas_tiles, sinkhorn_palla
 from dinov2_jax.losses.head_modes import BlockHeads
 from dinov2_jax.models.heads import DINOHead, Head
 from dinov2_jax.sharding import BATCH_AXES, make_mesh
+from tests.any_order import assert_same_in_any_order
 
 TOLERANCE = 1e-5
 
@@ -97,6 +98,29 @@ def test_more_rows_than_a_call_holds_are_taken_in_pieces(monkeypatch):
         np.testing.assert_allclose(left, right, atol=TOLERANCE * np.abs(right).max())
 
 
+def test_tiles_may_come_in_any_order():
+    rng = np.random.default_rng(0)
+    n, k, d = 2100, 1100, 16  # three tiles of rows, or five, and three or four of prototypes
+    draw = lambda *shape: rng.uniform(0.1, 0.3, shape).astype(np.float32)  # noqa: E731
+
+    def run(features, others, directions, lengths, row_vector, vector):
+        prototypes = directions, lengths
+        row_max = sinkhorn_pallas.largest_logits(features, prototypes)
+        rows = features, prototypes, others, prototypes, (row_max, row_vector), vector, (0.5, 0.5)
+        vectors = dict(norms=lengths, log_sum=row_vector, mass=row_vector, cotangent=row_vector)
+        return (
+            row_max,
+            sinkhorn_pallas.sum_rows(features, prototypes, row_max, row_vector, 0.5),
+            sinkhorn_pallas.sum_prototypes(features, prototypes, row_max, vector, 0.5),
+            cross_entropy_pallas.row_sums(*rows),
+            cross_entropy_pallas.gradients(*rows, **vectors),
+        )
+
+    arrays = draw(n, d), draw(n, d), draw(k, d), draw(k, 1), draw(n), draw(k)
+    names = ("max", "sum_rows", "sum", "cross_entropy", "gradients")
+    assert_same_in_any_order(run, *arrays, kernels={f"prototypes_{name}" for name in names})
+
+
 def compile_step(mesh, *, k: int):
     """Targets, the iBOT loss of 600 rows and its gradient for prototypes that `model` cuts."""
     heads = BlockHeads(has_kernels=True)
@@ -136,10 +160,10 @@ def compile_step(mesh, *, k: int):
 
 
 @pytest.mark.usefixtures("libtpu")
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_compiles_for_tpus(topology):
     """Five kernels on each of four chips, and nothing [rows, k]."""
-    mesh = make_mesh(data=2, model=2, devices=open_topology(topology).devices)
+    mesh = make_mesh(data=2, model=2, devices=open_topology(topology).devices[:4])
     text = compile_step(mesh, k=4096).as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 5
     assert "[600,2048]" not in text

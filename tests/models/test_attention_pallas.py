@@ -17,6 +17,7 @@ from dinov2_jax.models import attention_pallas
 from dinov2_jax.models.attention import attend
 from dinov2_jax.models.vit import VisionTransformer
 from dinov2_jax.sharding import make_mesh
+from tests.any_order import assert_same_in_any_order
 
 self_attention = functools.partial(attention_pallas.self_attention, interpret=True)
 
@@ -90,6 +91,18 @@ def test_bias_gets_the_sums_of_the_gradient(b, n, num_heads, hd):
     np.testing.assert_allclose(dbias, expected.sum(axis=(0, 1)), atol=1e-5)
 
 
+def test_images_may_come_in_any_order():
+    """Sums over queries in steps and over images; blocks that the groups of heads share."""
+
+    def run(qkv, bias, grad):
+        out, vjp = jax.vjp(functools.partial(self_attention, num_heads=4), qkv, bias)
+        return out, vjp(grad)
+
+    qkv, grad = draw(3, 331, 4, 64)
+    kernels = {"attention_forward", "attention_backward"}
+    assert_same_in_any_order(run, qkv, jnp.ones(qkv.shape[-1]), grad, kernels=kernels)
+
+
 @pytest.mark.parametrize("n", [5, 50])
 def test_bfloat16_rounds_as_plain_attention(n):
     # Results are near 1 in size: an ulp or two of bfloat16.
@@ -151,9 +164,9 @@ def test_dots_keeps_the_result_and_blocks_makes_it_again(interpreted, remat, run
 
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("n", [5, 32, 50, 257, 1370])
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_compiles_for_tpus(topology, n):
-    mesh = make_mesh(data=2, fsdp=2, devices=open_topology(topology).devices)
+    mesh = make_mesh(data=2, fsdp=2, devices=open_topology(topology).devices[:4])
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     qkv, grad = (
         jax.ShapeDtypeStruct((8, n, width), jnp.bfloat16, sharding=rows) for width in (384, 128)
@@ -165,7 +178,8 @@ def test_compiles_for_tpus(topology, n):
         return out, vjp(grad)
 
     with jax.set_mesh(mesh):
-        assert attention_pallas.fits(n, 1536, 24)
+        # ViT-g; at 518 px not on the smallest chip, where 128 wide does.
+        assert attention_pallas.fits(n, 1536, 24) == (n < 1370 or not topology.startswith("v4"))
         text = jax.jit(both).lower(qkv, grad).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 2
     assert not [kind for kind in ("all-gather", "all-reduce", "all-to-all") if kind in text]

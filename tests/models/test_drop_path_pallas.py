@@ -1,6 +1,8 @@
 """Stochastic depth by the TPU kernels, interpreted, against gathers; and compiled if possible."""
 
+import collections
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,11 @@ from dinov2_jax.models.block import Block
 from dinov2_jax.models.drop_path import DropPath
 from dinov2_jax.models.drop_path_pallas import fork, join
 from dinov2_jax.models.vit import VisionTransformer
-from dinov2_jax.sharding import BATCH_AXES, make_mesh, shard_rows
+from dinov2_jax.sharding import BATCH_AXES, make_mesh, shard_rows, tree_sharding
+from tests.any_order import assert_same_in_any_order
 
 FORMS = {"gather": "xla", "matmul": "xla", "pallas": "pallas"}  # and of layer normalisation
+subset = functools.partial(DropPath, 0.4, "subset")
 
 
 def draw(groups, rows, n, d, dtype="float32"):
@@ -39,12 +43,11 @@ def random_params(d, dtype, ffn):
     return jax.tree.unflatten(tree, moved)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def value_and_grads(form, groups, ffn, params, x, grad):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def value_and_grads(drop_path, ffn, params, x, grad):
     """A block's output, and the gradients of its parameters and of its input."""
-    norm, dtype = FORMS[form], x.dtype
+    norm, dtype = FORMS[drop_path.form], x.dtype
     block = Block(1, ffn, layer_scale_init=0.5, dtype=dtype, layer_norm=norm)
-    drop_path = DropPath(0.4, "subset", groups, form)
 
     def run(params, x):
         rngs = {"drop_path": jax.random.key(2)}
@@ -70,17 +73,17 @@ def assert_same(got, want, tolerance):
 )
 def test_equals_gathers(groups, rows, n, ffn):
     case = (random_params(16, "float32", ffn), *draw(groups, rows, n, 16))
-    want = value_and_grads("gather", groups, ffn, *case)
-    assert_same(value_and_grads("pallas", groups, ffn, *case), want, 5e-6)
+    want = value_and_grads(subset(groups), ffn, *case)
+    assert_same(value_and_grads(subset(groups, "pallas"), ffn, *case), want, 5e-6)
 
 
 def test_bfloat16_is_as_near_to_float32_as_products_are():
     params = random_params(16, "float32", "mlp")
     x, grad = draw(3, 5, 7, 16, "bfloat16")
-    exact = value_and_grads("gather", 3, "mlp", params, *(jnp.float32(a) for a in (x, grad)))
+    exact = value_and_grads(subset(3), "mlp", params, *(jnp.float32(a) for a in (x, grad)))
 
     def errors(form):
-        got = value_and_grads(form, 3, "mlp", params, x, grad)
+        got = value_and_grads(subset(3, form), "mlp", params, x, grad)
         assert got[0].dtype == got[1][1].dtype == jnp.bfloat16
         pairs = zip(*map(jax.tree.leaves, (got, exact)), strict=True)
         return np.array([np.linalg.norm(np.float32(a) - b) / np.linalg.norm(b) for a, b in pairs])
@@ -90,12 +93,39 @@ def test_bfloat16_is_as_near_to_float32_as_products_are():
     assert (by_kernels < 1.5 * by_products).all()
 
 
+# What draws image by image, and groups of one image, of which none can be left out.
+@pytest.mark.parametrize(("mode", "rows"), [("bernoulli", 4), ("subset", 1)])
+def test_a_branch_of_all_images_is_the_same(mode, rows):
+    case = (random_params(16, "float32", "mlp"), *draw(3, rows, 5, 16))
+    want, got = (
+        value_and_grads(DropPath(0.4, mode, 3, form), "mlp", *case) for form in ("gather", "pallas")
+    )
+    assert_same(got, want, 5e-6)
+
+
 @pytest.mark.parametrize("groups", [8, 3])  # 3 groups are cut over no 4 devices: each takes all
 def test_on_a_mesh(groups):
     case = (random_params(16, "float32", "mlp"), *draw(groups, 4, 5, 16))
-    want = value_and_grads("gather", groups, "mlp", *case)
+    want = value_and_grads(subset(groups), "mlp", *case)
     with jax.set_mesh(make_mesh(data=2, fsdp=2, model=2)):
-        assert_same(value_and_grads("pallas", groups, "mlp", *case), want, 5e-6)
+        assert_same(value_and_grads(subset(groups, "pallas"), "mlp", *case), want, 5e-6)
+
+
+def test_images_may_come_in_any_order():
+    def run(x, scale, bias, gamma, grad):
+        def branch(x, scale, bias, gamma):
+            x, normal = fork(x, scale, bias, order, 3, x.dtype)
+            return join(x, normal, bias[0], gamma, order)
+
+        out, pull = jax.vjp(branch, x, scale, bias, gamma)
+        return out, pull(grad)
+
+    x, grad = draw(2, 5, 330, 8)
+    order = jnp.array([[4, 0, 2, 1, 3], [1, 3, 0, 2, 4]])
+    names = ("fork", "join", "join_backward", "fork_backward")
+    vectors = jnp.linspace(0.5, 1, 24).reshape(3, 1, 8)
+    kernels = {f"drop_path_{name}" for name in names}
+    assert_same_in_any_order(run, x, *vectors, grad, kernels=kernels)
 
 
 def test_the_stream_passes_dropped_images_untouched():
@@ -115,25 +145,76 @@ def test_the_stream_passes_dropped_images_untouched():
     np.testing.assert_allclose(out[np.array([4, 0, 6, 8])], taken + normal, atol=1e-6)
 
 
+def make_backbone(form, **settings):
+    sizes = dict(patch_size=7, embed_dim=32, depth=2, num_heads=2, pos_embed_grid=(2, 2))
+    settings = dict(drop_path_form=form, layer_norm=FORMS[form]) | settings
+    return VisionTransformer(**sizes, drop_path_rate=0.5, layer_scale_init=1.0, **settings)
+
+
+@functools.cache
+def params_and_images():
+    images = (jnp.ones((8, 14, 14, 3)), jnp.linspace(0, 1, 16 * 49 * 3).reshape(16, 7, 7, 3))
+    return jax.jit(make_backbone("gather").init)(jax.random.key(1), images), images
+
+
+def value_and_gradient(model):
+    """Of the backbone, as a function of parameters and images."""
+
+    def loss(params, images):
+        rngs = {"drop_path": jax.random.key(3)}
+        outs = model.apply(params, images, train=True, num_groups=4, rngs=rngs)
+        return sum((out.patches**2 * out.cls[:, None]).mean() for out in outs)
+
+    return jax.value_and_grad(loss)
+
+
+@functools.cache
+def backbone_by_gathers():
+    return jax.jit(value_and_gradient(make_backbone("gather")))(*params_and_images())
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "branches", "blocks"])
 def test_a_backbone_and_its_gradient_are_the_same(remat):
-    sizes = dict(patch_size=7, embed_dim=32, depth=2, num_heads=2, pos_embed_grid=(2, 2))
-    images = (jnp.ones((6, 14, 14, 3)), jnp.linspace(0, 1, 12 * 49 * 3).reshape(12, 7, 7, 3))
-    results = []
-    for form in ("gather", "pallas"):
-        settings = dict(drop_path_rate=0.5, drop_path_form=form, layer_norm=FORMS[form])
-        model = VisionTransformer(**sizes, **settings, layer_scale_init=1.0, remat=remat)
-        params = jax.jit(model.init)(jax.random.key(1), images)
+    run = jax.jit(value_and_gradient(make_backbone("pallas", remat=remat)))
+    assert_same(run(*params_and_images()), backbone_by_gathers(), 2e-5)
 
-        @jax.jit
-        @jax.value_and_grad
-        def loss(params, model=model):
-            rngs = {"drop_path": jax.random.key(3)}
-            outs = model.apply(params, images, train=True, num_groups=2, rngs=rngs)
-            return sum((out.patches**2 * out.cls[:, None]).mean() for out in outs)
 
-        results.append(loss(params))
-    assert_same(results[1], results[0], 2e-5)
+def test_a_backbone_on_a_mesh_that_cuts_its_parameters():
+    params, images = params_and_images()
+    mesh = make_mesh(data=2, fsdp=2, model=2)
+    cut = tree_sharding(params, mesh, min_size_to_shard_mb=0)
+    specs = {sharding.spec for sharding in jax.tree.leaves(cut["params"]["blocks"])}
+    assert PartitionSpec(None, "fsdp") in specs and PartitionSpec(None, None, "fsdp") in specs
+    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    with jax.set_mesh(mesh):
+        model = make_backbone("pallas", remat="branches")
+        run = jax.jit(value_and_gradient(model), in_shardings=(cut, rows))
+        assert_same(
+            run(*jax.device_put((params, images), (cut, rows))), backbone_by_gathers(), 2e-5
+        )
+
+
+def kernels(model) -> dict[str, int]:
+    """How often the gradient's program has each kernel."""
+    text = str(jax.make_jaxpr(value_and_gradient(model))(*params_and_images()))
+    return dict(collections.Counter(re.findall(r"name=((?:drop_path|layer_norm)\w+)", text)))
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "branches", "blocks"])
+def test_what_a_gradient_runs_twice(remat):
+    """Of a scanned block's two branches and two image sizes: what makes a branch's input again.
+
+    That of the second branch is the first one's join; the second one's join nobody needs again.
+    """
+    again = remat != "none"
+    assert kernels(make_backbone("pallas", remat=remat)) == {
+        "drop_path_fork": 8 if again else 4,
+        "drop_path_join": 6 if again else 4,
+        "drop_path_join_backward": 4,
+        "drop_path_fork_backward": 4,
+    }
+    norms = {"layer_norm_forward": 8 if again else 4, "layer_norm_backward": 4}
+    assert kernels(make_backbone("pallas", remat=remat, drop_path_mode="bernoulli")) == norms
 
 
 def test_kernels_need_the_kernel_of_layer_normalisation():
@@ -145,10 +226,10 @@ def test_kernels_need_the_kernel_of_layer_normalisation():
 
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("size", [(32, 50, 384), (32, 257, 1536), (32, 1370, 1536)], ids=str)
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_compiles_for_tpus(topology, size):
     b, n, d = size
-    mesh = make_mesh(data=2, fsdp=2, devices=open_topology(topology).devices)
+    mesh = make_mesh(data=2, fsdp=2, devices=open_topology(topology).devices[:4])
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     x = jax.ShapeDtypeStruct((b, n, d), jnp.bfloat16, sharding=rows)
     order = jax.ShapeDtypeStruct((8, b // 8), jnp.int32, sharding=rows)  # two groups a device

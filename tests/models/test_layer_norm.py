@@ -10,8 +10,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dinov2_jax.cost.topology import open_topology
 from dinov2_jax.models.layer_norm import choose_layer_norm, make_layer_norm
+from dinov2_jax.models.layer_norm_pallas import normalize, vmem_bytes
 from dinov2_jax.models.vit import VisionTransformer
 from dinov2_jax.sharding import BATCH_AXES, make_mesh
+from tests.any_order import assert_same_in_any_order
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -50,6 +52,17 @@ def test_bfloat16_has_float32_statistics():
     assert_same(value_and_grads("pallas", "bfloat16", *case), want, 2**-7)
 
 
+def test_blocks_may_come_in_any_order():
+    def run(x, scale, bias, grad):
+        out, vjp = jax.vjp(lambda *args: normalize(*args, x.dtype), x, scale, bias)
+        return out, vjp(grad)
+
+    params, x, grad = draw(4, 600, 24)
+    vectors = params["scale"][None], params["bias"][None]
+    kernels = {"layer_norm_forward", "layer_norm_backward"}
+    assert_same_in_any_order(run, x, *vectors, grad, kernels=kernels)
+
+
 @pytest.mark.parametrize("b", [16, 3])  # 3 images are cut over no 4 devices: each takes all
 def test_on_a_mesh(b):
     case = draw(b, 5, 32)
@@ -83,11 +96,18 @@ def test_wrong_choices():
         make_layer_norm("fast")
 
 
+def test_vector_memory_is_whole_tiles():
+    """Of 16 rows of bfloat16, or 8 of float32, and 128 lanes; each block is there twice."""
+    blocks = [((1, 257, 1000), "bfloat16"), ((1, 1000), "float32")]
+    computed = 3 * 4 * 264 * 1024
+    assert vmem_bytes(blocks) == 2 * (2 * 272 * 1024 + 4 * 8 * 1024) + computed
+
+
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("shape", [(8, 50, 384), (8, 257, 1536), (8, 1370, 1536)], ids=str)
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_compiles_for_tpus(topology, shape):
-    mesh = make_mesh(data=2, fsdp=2, devices=open_topology(topology).devices)
+    mesh = make_mesh(data=2, fsdp=2, devices=open_topology(topology).devices[:4])
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=rows)
     vector = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)

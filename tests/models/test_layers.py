@@ -83,6 +83,28 @@ def test_parts_are_those_of_the_whole_with_its_gradients():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *grads)
 
 
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_a_bias_handed_out_gets_no_gradient_by_the_result(num_parts):
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    plain, layer = (TokenDense(10, hands_out_bias=h, num_parts=num_parts) for h in (False, True))
+    params = _random_params(plain, x)
+    out, bias = layer.apply({"params": params}, x)
+    want = plain.apply({"params": params}, x)
+    jax.tree.map(np.testing.assert_array_equal, out, want)
+    assert isinstance(out, tuple) == (num_parts > 1)
+    np.testing.assert_array_equal(bias, params["bias"])
+
+    def loss(params):
+        out, bias = layer.apply({"params": params}, x)
+        return sum(a.sum() for a in jax.tree.leaves(out)) + 3 * bias.sum()
+
+    grads = jax.grad(loss)(params)
+    np.testing.assert_array_equal(grads["bias"], np.full(10, 3.0))
+    np.testing.assert_allclose(
+        grads["kernel"], np.broadcast_to(x.sum(axis=(0, 1))[:, None], (4, 10)), rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize("ffn", [Mlp, SwiGLU])
 def test_the_hidden_layer_is_written_on_tpu_and_the_same(monkeypatch, ffn):
     x, layer = jax.random.normal(jax.random.key(0), (2, 3, 8)), ffn(hidden_dim=16)
