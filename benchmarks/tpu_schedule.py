@@ -41,7 +41,6 @@ WIDE_KERNELS = (
     "prototypes_sum",
     "prototypes_cross_entropy",
     "drop_path_join",
-    "drop_path_fork_backward",
 )
 DROP_PATH_RATE = 0.4
 KINDS = ("products", "kernels", "copies", "other", "collectives")

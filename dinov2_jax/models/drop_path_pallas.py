@@ -60,12 +60,13 @@ def _fork_backward(kept, dtype, saved, grads):
     x, scale, order = saved
 
     def kernel(order, x, through, grad, scale):
-        plan = _Plan(order, x, kept, grid_of="all")
+        plan = _Plan(order, x, kept, grid_of="kept")
         return plan.call(
-            functools.partial(_fork_backward_kernel, kept=kept, num_rows=x.shape[1]),
+            functools.partial(_fork_backward_kernel, num_rows=x.shape[1]),
             name="drop_path_fork_backward",
+            in_place=1,  # nothing else needs it; what `join` adds to is needed, and would be copied
             operands=[
-                (x, plan.stream_of_kept),
+                (x, plan.stream),
                 (through, plan.stream),
                 (grad, plan.branch),
                 (scale, plan.vector),
@@ -149,8 +150,7 @@ class _Plan:
 
     Attributes:
       stream: of the tokens of the grid's images, the kept ones first.
-      stream_of_kept: the same, staying at the last of the kept, so that no other is read.
-      branch: of the kept images' own arrays, staying likewise.
+      branch: of the kept images' own arrays, staying at the last of them, so that it is read once.
       sums: a row of `[images, steps, 1, d]` for each step; `sums_shape`.
       vector: of `[1, d]`.
     """
@@ -163,30 +163,27 @@ class _Plan:
         self._places = (order + q * jnp.arange(s, dtype=order.dtype)[:, None]).reshape(-1)
         self._grid = s, of, steps
 
-        def stay(i, step):
-            return jnp.minimum(i, kept - 1), jnp.where(i < kept, step, steps - 1)
-
         def stream(group, i, step, places):
             return places[group * q + i], step, 0
 
-        def stream_of_kept(group, i, step, places):
-            return stream(group, *stay(i, step), places)
-
         def branch(group, i, step, places):
-            i, step = stay(i, step)
-            return group * kept + i, step, 0
+            step = jnp.where(i < kept, step, steps - 1)
+            return group * kept + jnp.minimum(i, kept - 1), step, 0
 
         tokens = (1, rows, d)
         self.stream = _Blocks(pl.BlockSpec(tokens, stream), s * of)
-        self.stream_of_kept = _Blocks(pl.BlockSpec(tokens, stream_of_kept), s * kept)
         self.branch = _Blocks(pl.BlockSpec(tokens, branch), s * kept)
         self.vector = _Blocks(pl.BlockSpec((1, d), lambda *_: (0, 0)), 0)
         sums = pl.BlockSpec((1, 1, 1, d), lambda group, i, step, _: (group * of + i, step, 0, 0))
         self.sums = _Blocks(sums, s * of)
         self.sums_shape = jax.ShapeDtypeStruct((s * of, steps, 1, d), jnp.float32)
 
-    def call(self, kernel: Callable, *, name: str, operands: list, results: list):
-        """Runs a kernel on (array, blocks), for (array or shape, blocks); one result comes bare."""
+    def call(self, kernel: Callable, *, name: str, operands: list, results: list, in_place=None):
+        """Runs a kernel on (array, blocks), for (array or shape, blocks); one result comes bare.
+
+        The first result takes the place of the operand `in_place`, if given, and is that operand
+        wherever the grid does not come. One that is needed afterwards XLA copies.
+        """
         arrays, ins = zip(*operands, strict=True)
         likes, outs = zip(*results, strict=True)
         moved = list(zip((*arrays, *likes), (*ins, *outs), strict=True))
@@ -200,6 +197,8 @@ class _Plan:
             ),
             out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for like in likes],
             name=name,
+            # The images' numbers are operand 0.
+            input_output_aliases={} if in_place is None else {1 + in_place: 0},
             **call_settings(
                 grid=self._grid,
                 blocks=[(blocks.spec.block_shape, a.dtype) for a, blocks in moved],
@@ -217,23 +216,13 @@ def _fork_kernel(_, x_ref, scale_ref, bias_ref, out_ref):
 
 
 def _fork_backward_kernel(
-    _, x_ref, through_ref, grad_ref, scale_ref, out_ref, dscale_ref, dbias_ref, *, kept, num_rows
+    _, x_ref, through_ref, grad_ref, scale_ref, out_ref, dscale_ref, dbias_ref, *, num_rows: int
 ):
-    is_kept = pl.program_id(1) < kept
     first_row = pl.program_id(2) * x_ref.shape[1]
-
-    @pl.when(is_kept)
-    def _():
-        dx, dscale_ref[0, 0], dbias_ref[0, 0] = gradients(
-            x_ref[0], grad_ref[0], scale_ref[...], first_row=first_row, num_rows=num_rows
-        )
-        out_ref[0] = (through_ref[0].astype(jnp.float32) + dx).astype(out_ref.dtype)
-
-    @pl.when(~is_kept)
-    def _():
-        out_ref[...] = through_ref[...]
-        dscale_ref[...] = jnp.zeros_like(dscale_ref)
-        dbias_ref[...] = jnp.zeros_like(dbias_ref)
+    dx, dscale_ref[0, 0], dbias_ref[0, 0] = gradients(
+        x_ref[0], grad_ref[0], scale_ref[...], first_row=first_row, num_rows=num_rows
+    )
+    out_ref[0] = (through_ref[0].astype(jnp.float32) + dx).astype(out_ref.dtype)
 
 
 def _join_kernel(_, x_ref, residual_ref, gamma_ref, out_ref, *, kept: int):
