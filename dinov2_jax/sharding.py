@@ -106,6 +106,30 @@ def shard_rows(x: jax.Array, *, last: str | None = None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, *middle, columns))
 
 
+def row_shards(*arrays: jax.Array) -> int:
+    """Into how many pieces the mesh in use cuts the rows of all arrays; 1 if not those of all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.axis_names)
+    return 1 if any(len(x) % shards for x in arrays) else shards
+
+
+def spread(x: jax.Array) -> jax.Array:
+    """A copy for each piece of the rows, `[shards, ..]`, each where its piece is.
+
+    Gradients of several uses of a copy are added there, and summed over the mesh once: over `fsdp`
+    first, which cuts the sum, then over `data`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = (PartitionSpec.UNCONSTRAINED,) * x.ndim  # as x is cut
+    sizes = [mesh.shape[axis] for axis in BATCH_AXES]
+    copies = jnp.broadcast_to(x, (sizes[0], *x.shape))
+    copies = jax.lax.with_sharding_constraint(copies, PartitionSpec("data", *free))
+    copies = jnp.broadcast_to(copies[:, None], (*sizes, *x.shape))
+    copies = jax.lax.with_sharding_constraint(copies, PartitionSpec(*BATCH_AXES))
+    copies = copies.reshape(math.prod(sizes), *x.shape)
+    return jax.lax.with_sharding_constraint(copies, PartitionSpec(BATCH_AXES))
+
+
 def on_each_device(kernel: Callable, *arrays: jax.Array, replicated: tuple[jax.Array, ...] = ()):
     """Runs a kernel, which XLA cannot partition, on the rows of each device.
 

@@ -4,6 +4,8 @@ In and out: token arrays of several image sizes, so that each layer's parameters
 Behaviour follows dinov2/layers/block.py (Apache-2.0).
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from dinov2_jax.models.attention import Attention
 from dinov2_jax.models.drop_path import DropPath, add_residual
 from dinov2_jax.models.layer_norm import make_layer_norm
 from dinov2_jax.models.layers import LayerScale, Mlp, SwiGLU, ffn_hidden_dim
-from dinov2_jax.sharding import shard_rows
+from dinov2_jax.sharding import path_names, row_shards, shard_rows, spread
 
 REMATS = ("none", "dots", "branches", "blocks")
 
@@ -53,6 +55,20 @@ class Block(nn.Module):
           The new carry, and None.
         """
         xs, collected = carry
+        layers = Block._layers
+        if len(xs) > 1 and row_shards(*xs) > 1 and not self.is_initializing():
+            # Else each size's gradient of a kernel would be summed over the mesh by itself.
+            kernels = functools.partial(_spread_kernels, dtype=self.dtype)
+            layers = nn.map_variables(layers, "params", trans_in_fn=kernels)
+        xs = layers(self, xs, drop_path)
+        if slot is not None:
+            collected = tuple(
+                jax.lax.dynamic_update_index_in_dim(buffer, x, slot, axis=0)
+                for buffer, x in zip(collected, xs, strict=True)
+            )
+        return (xs, collected), None
+
+    def _layers(self, xs: tuple[jax.Array, ...], drop_path: DropPath | None):
         norm1 = make_layer_norm(self.layer_norm, dtype=self.dtype, name="norm1")
         attn = Attention(self.num_heads, self.attention, self.dtype, name="attn")
         ls1 = LayerScale(self.layer_scale_init, name="ls1")
@@ -75,12 +91,18 @@ class Block(nn.Module):
 
             settings = dict(norm=norm, scale=scale, drop_path=drop_path, make_key=make_key)
             xs = tuple(shard_rows(add_residual(x, named, **settings)) for x in xs)
-        if slot is not None:
-            collected = tuple(
-                jax.lax.dynamic_update_index_in_dim(buffer, x, slot, axis=0)
-                for buffer, x in zip(collected, xs, strict=True)
-            )
-        return (xs, collected), None
+        return xs
+
+
+def _spread_kernels(params, *, dtype: jnp.dtype):
+    """The same parameters, but for kernels `[d, f]`: a copy for each piece of the rows."""
+
+    def leaf(path, x):
+        if path_names(path)[-1] == "kernel":
+            return spread(x.astype(dtype))
+        return x
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 def choose_remat(remat: str, platform: str) -> str:
@@ -103,7 +125,7 @@ def remat_block(remat: str) -> type[Block]:
         # The products with weights and the attention's result; its n x n matrices are not kept.
         policy = policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable,
-            policies.save_only_these_names("attention"),
+            policies.save_only_these_names("attention", "product"),
         )
     elif remat == "branches":
         # What is as wide as the tokens; queries, keys, values and the hidden layer are wider.
