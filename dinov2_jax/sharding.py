@@ -5,6 +5,7 @@ serves them all. Mesh axes: `data` (batch only), `fsdp` (batch, and parameters i
 `model` (prototypes). All axes are Auto: shapes under `jit` are global, XLA places collectives.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -113,21 +114,51 @@ def row_shards(*arrays: jax.Array) -> int:
     return 1 if any(len(x) % shards for x in arrays) else shards
 
 
-def spread(x: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def spread(x: jax.Array, cut: int | None) -> jax.Array:
     """A copy for each piece of the rows, `[shards, ..]`, each where its piece is.
 
-    Gradients of several uses of a copy are added there, and summed over the mesh once: over `fsdp`
-    first, which cuts the sum, then over `data`.
+    Gradients of several uses of a copy are added there, and summed over the mesh once.
+
+    Args:
+      x: a parameter, cut by `fsdp` over its axis `cut`, or by nothing.
+      cut: see `cut_axis`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = (PartitionSpec.UNCONSTRAINED,) * x.ndim  # as x is cut
-    sizes = [mesh.shape[axis] for axis in BATCH_AXES]
-    copies = jnp.broadcast_to(x, (sizes[0], *x.shape))
-    copies = jax.lax.with_sharding_constraint(copies, PartitionSpec("data", *free))
-    copies = jnp.broadcast_to(copies[:, None], (*sizes, *x.shape))
-    copies = jax.lax.with_sharding_constraint(copies, PartitionSpec(*BATCH_AXES))
-    copies = copies.reshape(math.prod(sizes), *x.shape)
-    return jax.lax.with_sharding_constraint(copies, PartitionSpec(BATCH_AXES))
+    axes = tuple(axis for axis in BATCH_AXES if axis in jax.sharding.get_abstract_mesh().axis_names)
+    shards = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+    copies = jnp.broadcast_to(x, (shards, *x.shape))
+    return jax.lax.with_sharding_constraint(copies, PartitionSpec(axes))
+
+
+def _sum_pieces(cut: int | None, _, grad: jax.Array) -> tuple[jax.Array]:
+    """The sum of `[shards, ..]`; said outright, as XLA sums everything before it cuts."""
+
+    def add(piece):
+        if cut is None:
+            return jax.lax.psum(piece[0], BATCH_AXES)
+        own = jax.lax.psum_scatter(piece[0], "fsdp", scatter_dimension=cut, tiled=True)
+        return jax.lax.psum(own, "data")
+
+    spec = PartitionSpec() if cut is None else PartitionSpec(*(None,) * cut, "fsdp")
+    pieces = PartitionSpec(BATCH_AXES)
+    return (jax.shard_map(add, in_specs=pieces, out_specs=spec, check_vma=False)(grad),)
+
+
+spread.defvjp(lambda x, cut: (spread(x, cut), None), _sum_pieces)
+
+
+def cut_axis(names: Sequence[str], shape: Sequence[int], fsdp: int) -> int | None:
+    """Which axis of a parameter `fsdp` cuts: its largest that it divides; None: none.
+
+    Never the columns of SwiGLU's two halves in one, which are products of their own: cut so, they
+    would have to be dealt anew.
+    """
+    if "w12" in names:
+        shape = shape[:-1]
+    candidates = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+    if fsdp == 1 or not candidates:
+        return None
+    return max(candidates, key=lambda axis: (shape[axis], axis))
 
 
 def on_each_device(kernel: Callable, *arrays: jax.Array, replicated: tuple[jax.Array, ...] = ()):
@@ -165,9 +196,8 @@ def leaf_spec(
 
     * prototypes (`last_layer/weight_*`, `[k, ...]`) and centers `[k]`: `k` over `model`, and over
       `fsdp` too if the tensor is large enough and `k` divides;
-    * any other tensor of at least `min_size_to_shard` bytes (f32): its largest axis that `fsdp`
-      divides, but never the stacked layer axis of `blocks`, over which the forward pass scans, nor
-      the columns of SwiGLU's two halves in one;
+    * any other tensor of at least `min_size_to_shard` bytes (f32): its `cut_axis`, but never the
+      stacked layer axis of `blocks`, over which the forward pass scans;
     * everything else is replicated.
 
     Example: `('teacher', 'backbone', 'blocks', 'mlp', 'fc1', 'kernel')`, `[24, 1024, 4096]` with
@@ -184,14 +214,10 @@ def leaf_spec(
         axes = [axis for axis in axes if mesh_shape[axis] > 1]
         return PartitionSpec(tuple(axes)) if axes else PartitionSpec()
     first = 1 if "blocks" in names else 0
-    if "w12" in names:
-        # Its halves are products of their own: cut by columns, they would have to be dealt anew.
-        shape = shape[:-1]
-    candidates = [axis for axis in range(first, len(shape)) if shape[axis] % fsdp == 0]
-    if fsdp == 1 or not is_large or not candidates:
+    cut = cut_axis(names, shape[first:], fsdp)
+    if cut is None or not is_large:
         return PartitionSpec()
-    largest = max(candidates, key=lambda axis: (shape[axis], axis))
-    return PartitionSpec(*(["fsdp" if axis == largest else None for axis in range(largest + 1)]))
+    return PartitionSpec(*(None,) * (first + cut), "fsdp")
 
 
 def tree_sharding(tree, mesh: Mesh, *, min_size_to_shard_mb: float = 4.0):

@@ -15,7 +15,7 @@ from dinov2_jax.models.attention import Attention
 from dinov2_jax.models.drop_path import DropPath, add_residual
 from dinov2_jax.models.layer_norm import make_layer_norm
 from dinov2_jax.models.layers import LayerScale, Mlp, SwiGLU, ffn_hidden_dim
-from dinov2_jax.sharding import path_names, row_shards, shard_rows, spread
+from dinov2_jax.sharding import cut_axis, path_names, row_shards, shard_rows, spread
 
 REMATS = ("none", "dots", "branches", "blocks")
 
@@ -97,10 +97,13 @@ class Block(nn.Module):
 def _spread_kernels(params, *, dtype: jnp.dtype):
     """The same parameters, but for kernels `[d, f]`: a copy for each piece of the rows."""
 
+    fsdp = jax.sharding.get_abstract_mesh().shape["fsdp"]
+
     def leaf(path, x):
-        if path_names(path)[-1] == "kernel":
-            return spread(x.astype(dtype))
-        return x
+        names = path_names(path)
+        if names[-1] != "kernel":
+            return x
+        return spread(x.astype(dtype), cut_axis(names, x.shape, fsdp))
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 
