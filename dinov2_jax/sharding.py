@@ -110,7 +110,9 @@ def shard_rows(x: jax.Array, *, last: str | None = None) -> jax.Array:
 def row_shards(*arrays: jax.Array) -> int:
     """Into how many pieces the mesh in use cuts the rows of all arrays; 1 if not those of all."""
     mesh = jax.sharding.get_abstract_mesh()
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.axis_names)
+    if not set(BATCH_AXES) <= set(mesh.axis_names):
+        return 1
+    shards = batch_shards(mesh)
     return 1 if any(len(x) % shards for x in arrays) else shards
 
 
@@ -124,10 +126,8 @@ def spread(x: jax.Array, cut: int | None) -> jax.Array:
       x: a parameter, cut by `fsdp` over its axis `cut`, or by nothing.
       cut: see `cut_axis`.
     """
-    axes = tuple(axis for axis in BATCH_AXES if axis in jax.sharding.get_abstract_mesh().axis_names)
-    shards = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
-    copies = jnp.broadcast_to(x, (shards, *x.shape))
-    return jax.lax.with_sharding_constraint(copies, PartitionSpec(axes))
+    copies = jnp.broadcast_to(x, (batch_shards(jax.sharding.get_abstract_mesh()), *x.shape))
+    return jax.lax.with_sharding_constraint(copies, PartitionSpec(BATCH_AXES))
 
 
 def _sum_pieces(cut: int | None, _, grad: jax.Array) -> tuple[jax.Array]:

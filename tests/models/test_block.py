@@ -1,0 +1,114 @@
+"""Blocks on a mesh: each kernel's gradient is summed over it once, whatever sizes crops have."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dinov2_jax.models.block import REMATS
+from dinov2_jax.models.vit import VisionTransformer
+from dinov2_jax.sharding import batch_sharding, make_mesh, tree_sharding
+
+SIZES = dict(patch_size=4, embed_dim=24, depth=2, num_heads=2, pos_embed_grid=(4, 4))
+KERNELS = {"attn/qkv": 24 * 72, "attn/proj": 24 * 24, "mlp/fc1": 24 * 96, "mlp/fc2": 96 * 24}
+
+
+def setup(rows: tuple[int, int] = (16, 32), **settings):
+    """The loss of parameters and crops of two sizes, and both."""
+    model = VisionTransformer(**SIZES, layer_scale_init=1.0, drop_path_rate=0.25, **settings)
+    rng = np.random.default_rng(0)
+    shapes = ((rows[0], 16, 16, 3), (rows[1], 8, 8, 3))
+    images = tuple(rng.standard_normal(shape, np.float32) for shape in shapes)
+    params = model.init(jax.random.key(0), images)["params"]
+    params = jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, np.float32), params)
+
+    def loss(params, images):
+        outputs = model.apply(
+            {"params": params},
+            images,
+            train=True,
+            num_groups=rows[0] // 2,
+            rngs={"drop_path": jax.random.key(1)},
+        )
+        return sum(jnp.sum(x.patches**2) + jnp.sum(x.cls) for x in outputs)
+
+    return loss, params, images
+
+
+def on_mesh(mesh, loss, params, images, *, rows=None):
+    """The compiled gradient, and its arguments on the mesh."""
+    cut = tree_sharding(params, mesh, min_size_to_shard_mb=0)
+    rows = rows or batch_sharding(mesh)
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(loss), in_shardings=(cut, rows), out_shardings=cut)
+        compiled = gradient.lower(params, images).compile()
+    return compiled, (jax.device_put(params, cut), jax.device_put(images, rows))
+
+
+def assert_same(ours, theirs):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+@functools.cache
+def gradient_of_one_device(**settings):
+    loss, *arguments = setup(**settings)
+    return jax.jit(jax.grad(loss))(*arguments)
+
+
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+@pytest.mark.parametrize(
+    "axes",
+    [dict(data=8), dict(fsdp=8), dict(data=4, fsdp=2), dict(data=2, fsdp=2, model=2)],
+    ids=str,
+)
+def test_gradients_are_those_of_one_device(axes, ffn):
+    compiled, arguments = on_mesh(make_mesh(**axes), *setup(ffn=ffn))
+    assert_same(compiled(*arguments), gradient_of_one_device(ffn=ffn))
+
+
+@pytest.mark.parametrize("axes", [dict(data=8), dict(data=4, fsdp=2)], ids=str)
+@pytest.mark.parametrize("remat", REMATS)
+def test_a_kernel_is_reduced_once(axes, remat):
+    mesh = make_mesh(**axes)
+    compiled, _ = on_mesh(mesh, *setup(remat=remat))
+    # Results of each reduction over `data`, where what `fsdp` cuts is cut already.
+    reduced = re.findall(r"= (.*?) all-reduce\(.*while/body", compiled.as_text())
+    shapes = re.findall(r"\[([\d,]+)\]", " ".join(reduced))
+    sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
+    for size in set(KERNELS.values()):
+        expected = sum(size == other for other in KERNELS.values())
+        assert sizes.count(size // mesh.shape["fsdp"]) == expected, size
+
+
+@pytest.mark.parametrize("remat", REMATS)
+def test_a_mesh_changes_nothing_of_what_is_computed_again(remat):
+    """The policies know products with weights by having no batch axis, which the copies have."""
+    loss, *arguments = setup(remat=remat)
+
+    def num_products() -> int:
+        return str(jax.make_jaxpr(jax.grad(loss))(*arguments)).count("dot_general")
+
+    alone = num_products()
+    with jax.set_mesh(make_mesh(data=4, fsdp=2)):
+        assert num_products() == alone
+
+
+def test_rows_that_the_devices_do_not_divide():
+    mesh = make_mesh(data=4, fsdp=2)
+    rows = NamedSharding(mesh, PartitionSpec())
+    compiled, arguments = on_mesh(mesh, *setup(rows=(12, 12)), rows=rows)
+    assert_same(compiled(*arguments), gradient_of_one_device(rows=(12, 12)))
+
+
+def test_one_size_needs_no_copies():
+    loss, params, images = setup()
+    with jax.set_mesh(make_mesh(data=4, fsdp=2)):
+        both = str(jax.make_jaxpr(loss)(params, images))
+        one = str(jax.make_jaxpr(lambda p: loss(p, images[:1]))(params))
+    assert "f32[8,24,72]" in both and "f32[8,24,72]" not in one
