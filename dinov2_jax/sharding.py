@@ -126,6 +126,10 @@ def spread(x: jax.Array, cut: int | None) -> jax.Array:
       x: a parameter, cut by `fsdp` over its axis `cut`, or by nothing.
       cut: see `cut_axis`.
     """
+    return _copies(x)
+
+
+def _copies(x: jax.Array) -> jax.Array:
     copies = jnp.broadcast_to(x, (batch_shards(jax.sharding.get_abstract_mesh()), *x.shape))
     return jax.lax.with_sharding_constraint(copies, PartitionSpec(BATCH_AXES))
 
@@ -144,7 +148,7 @@ def _sum_pieces(cut: int | None, _, grad: jax.Array) -> tuple[jax.Array]:
     return (jax.shard_map(add, in_specs=pieces, out_specs=spec, check_vma=False)(grad),)
 
 
-spread.defvjp(lambda x, cut: (spread(x, cut), None), _sum_pieces)
+spread.defvjp(lambda x, cut: (_copies(x), None), _sum_pieces)
 
 
 def cut_axis(names: Sequence[str], shape: Sequence[int], fsdp: int) -> int | None:

@@ -119,12 +119,20 @@ def choose_remat(remat: str, platform: str) -> str:
     return remat
 
 
+def _all_but_copies(primitive, *_, **__) -> bool:
+    """What costs nothing to make again: `spread` is made of these."""
+    return primitive.name not in ("broadcast_in_dim", "sharding_constraint")
+
+
 def remat_block(remat: str) -> type[Block]:
     """`Block`, with the backward pass recomputing what `remat` says."""
-    if remat == "none":
-        return Block
     policies = jax.checkpoint_policies
-    if remat == "dots":
+    if remat == "none" and row_shards() == 1:
+        return Block
+    if remat == "none":
+        # All but whole kernels on each device, of all blocks: `fsdp` cuts them for their size.
+        policy = _all_but_copies
+    elif remat == "dots":
         # The products with weights and the attention's result; its n x n matrices are not kept.
         policy = policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable,
