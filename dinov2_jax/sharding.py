@@ -116,8 +116,8 @@ def row_shards(*arrays: jax.Array) -> int:
     return 1 if any(len(x) % shards for x in arrays) else shards
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def spread(x: jax.Array, cut: int | None) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def spread(x: jax.Array, cut: int | None, num_parts: int = 1) -> jax.Array:
     """A copy for each piece of the rows, `[shards, ..]`, each where its piece is.
 
     Gradients of several uses of a copy are added there, and summed over the mesh once.
@@ -125,6 +125,7 @@ def spread(x: jax.Array, cut: int | None) -> jax.Array:
     Args:
       x: a parameter, cut by `fsdp` over its axis `cut`, or by nothing.
       cut: see `cut_axis`.
+      num_parts: equal parts of its last axis that are used, hence summed, by themselves.
     """
     return _copies(x)
 
@@ -134,21 +135,25 @@ def _copies(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(copies, PartitionSpec(BATCH_AXES))
 
 
-def _sum_pieces(cut: int | None, _, grad: jax.Array) -> tuple[jax.Array]:
+def _sum_pieces(cut: int | None, num_parts: int, _, grad: jax.Array) -> tuple[jax.Array]:
     """The sum of `[shards, ..]`; said outright, as XLA sums everything before it cuts."""
 
-    def add(piece):
+    def add(part):
         if cut is None:
-            return jax.lax.psum(piece[0], BATCH_AXES)
-        own = jax.lax.psum_scatter(piece[0], "fsdp", scatter_dimension=cut, tiled=True)
+            return jax.lax.psum(part, BATCH_AXES)
+        own = jax.lax.psum_scatter(part, "fsdp", scatter_dimension=cut, tiled=True)
         return jax.lax.psum(own, "data")
+
+    def add_parts(piece):
+        parts = jnp.split(piece[0], num_parts, axis=-1)
+        return jnp.concatenate([add(part) for part in parts], axis=-1)
 
     spec = PartitionSpec() if cut is None else PartitionSpec(*(None,) * cut, "fsdp")
     pieces = PartitionSpec(BATCH_AXES)
-    return (jax.shard_map(add, in_specs=pieces, out_specs=spec, check_vma=False)(grad),)
+    return (jax.shard_map(add_parts, in_specs=pieces, out_specs=spec, check_vma=False)(grad),)
 
 
-spread.defvjp(lambda x, cut: (_copies(x), None), _sum_pieces)
+spread.defvjp(lambda x, *_: (_copies(x), None), _sum_pieces)
 
 
 def cut_axis(names: Sequence[str], shape: Sequence[int], fsdp: int) -> int | None:

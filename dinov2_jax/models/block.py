@@ -103,7 +103,9 @@ def _spread_kernels(params, *, dtype: jnp.dtype):
         names = path_names(path)
         if names[-1] != "kernel":
             return x
-        return spread(x.astype(dtype), cut_axis(names, x.shape, fsdp))
+        # SwiGLU's halves: put together before the sum, they would be cut across a TPU's lanes.
+        num_parts = 2 if "w12" in names else 1
+        return spread(x.astype(dtype), cut_axis(names, x.shape, fsdp), num_parts)
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 
