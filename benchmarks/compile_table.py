@@ -116,7 +116,7 @@ def compile_candidate(cell: Cell, overrides: dict, *, limit_secs: float) -> dict
 def table(cache: dict[tuple[str, str], dict]) -> str:
     """The table in Markdown: of each cell the candidate that did best, and the times of the others.
 
-    Cells of another revision than the last one shown are marked: other code, other figures.
+    What is of another revision than the last one shown is marked: other code, other figures.
     """
     rows = [
         "| cell | images a device | mesh d x f x m | remat | HBM, GiB | executed PFLOP | "
@@ -134,13 +134,13 @@ def table(cache: dict[tuple[str, str], dict]) -> str:
     newest = [line["revision"] for line in cache.values() if line in shown][-1:]
     for cell, lines in tried.items():
         if lines:
-            rows.append(_row(cell, lines, is_old=lines[0]["revision"] not in newest))
+            rows.append(_row(cell, lines, newest))
         else:
             rows.append(f"| {cell.name} | not compiled yet |" + " |" * 8)
     return "\n".join(rows)
 
 
-def _row(cell: Cell, tried: list[dict], *, is_old: bool) -> str:
+def _row(cell: Cell, tried: list[dict], newest: list[str]) -> str:
     best, *others = tried
     memory = f"{best['hbm_peak_bytes'] / 2**30:.1f} of {best['hbm_limit_bytes'] / 2**30:.1f}"
     seconds = best["estimated_step_seconds"]
@@ -154,8 +154,9 @@ def _row(cell: Cell, tried: list[dict], *, is_old: bool) -> str:
     mesh = " x ".join(str(size) for size in best["mesh"].values())
     images = best["global_batch_size"] // best["devices"]
     flops = f"{best['executed_flops'] / 1e15:.1f}"
-    name = cell.name + (" †" if is_old else "")
-    rest = ", ".join(_difference(line, best) for line in others)
+    mark, *marks = ("" if line["revision"] in newest else " †" for line in tried)
+    name = cell.name + mark
+    rest = ", ".join(_difference(x, best) + mark for x, mark in zip(others, marks, strict=True))
     return (
         f"| {name} | {images} | {mesh} | {best['remat']} | {memory} | {flops} | {times} | {rest} |"
     )
