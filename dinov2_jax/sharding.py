@@ -107,6 +107,12 @@ def shard_rows(x: jax.Array, *, last: str | None = None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, *middle, columns))
 
 
+def product(x: jax.Array, copies: jax.Array) -> jax.Array:
+    """Of rows `[b, .., d]` with a kernel of `spread`, `[(shards d), f]`; each shard by itself."""
+    rows = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(jnp.matmul, in_specs=(rows, rows), out_specs=rows)(x, copies)
+
+
 def row_shards(*arrays: jax.Array) -> int:
     """Into how many pieces the mesh in use cuts the rows of all arrays; 1 if not those of all."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -118,25 +124,27 @@ def row_shards(*arrays: jax.Array) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def spread(x: jax.Array, cut: int | None, num_parts: int = 1) -> jax.Array:
-    """A copy for each piece of the rows, `[shards, ..]`, each where its piece is.
+    """A copy for each piece of the rows, `[(shards a), ..]`, each where its piece is.
 
     Gradients of several uses of a copy are added there, and summed over the mesh once.
 
     Args:
-      x: a parameter, cut by `fsdp` over its axis `cut`, or by nothing.
-      cut: see `cut_axis`.
+      x: a parameter `[a, ..]`.
+      cut: axis by which `fsdp` cuts the sum, see `cut_axis`; None: nothing does.
       num_parts: equal parts of its last axis that are used, hence summed, by themselves.
     """
     return _copies(x)
 
 
 def _copies(x: jax.Array) -> jax.Array:
-    copies = jnp.broadcast_to(x, (batch_shards(jax.sharding.get_abstract_mesh()), *x.shape))
-    return jax.lax.with_sharding_constraint(copies, PartitionSpec(BATCH_AXES))
+    shards = batch_shards(jax.sharding.get_abstract_mesh())
+    copies = jnp.broadcast_to(x, (shards, *x.shape))
+    copies = jax.lax.with_sharding_constraint(copies, PartitionSpec(BATCH_AXES))
+    return copies.reshape(shards * len(x), *x.shape[1:])
 
 
 def _sum_pieces(cut: int | None, num_parts: int, _, grad: jax.Array) -> tuple[jax.Array]:
-    """The sum of `[shards, ..]`; said outright, as XLA sums everything before it cuts."""
+    """The sum of `[(shards a), ..]`; said outright, as XLA sums everything before it cuts."""
 
     def add(part):
         if cut is None:
@@ -145,7 +153,7 @@ def _sum_pieces(cut: int | None, num_parts: int, _, grad: jax.Array) -> tuple[ja
         return jax.lax.psum(own, "data")
 
     def add_parts(piece):
-        parts = jnp.split(piece[0], num_parts, axis=-1)
+        parts = jnp.split(piece, num_parts, axis=-1)
         return jnp.concatenate([add(part) for part in parts], axis=-1)
 
     spec = PartitionSpec() if cut is None else PartitionSpec(*(None,) * cut, "fsdp")

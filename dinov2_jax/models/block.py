@@ -55,8 +55,10 @@ class Block(nn.Module):
           The new carry, and None.
         """
         xs, collected = carry
-        layers = Block._layers
-        if len(xs) > 1 and row_shards(*xs) > 1 and not self.is_initializing():
+        layers, shards = Block._layers, row_shards(*xs)
+        # Drop path leaves as many rows of each group: groups must not lie across devices.
+        are_whole = drop_path is None or drop_path.num_groups % shards == 0
+        if len(xs) > 1 and shards > 1 and are_whole and not self.is_initializing():
             # Else each size's gradient of a kernel would be summed over the mesh by itself.
             kernels = functools.partial(_spread_kernels, dtype=self.dtype)
             layers = nn.map_variables(layers, "params", trans_in_fn=kernels)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
-from dinov2_jax.sharding import platform, shard_rows
+from dinov2_jax.sharding import platform, product, row_shards, shard_rows
 
 FFNS = ("mlp", "swiglu")
 
@@ -84,9 +84,9 @@ class TokenDense(nn.Module):
 
         If the bias is handed out, to a pair of that and the bias, whole.
         """
-        kernel = self.get_variable("params", "kernel")
-        if kernel is None or kernel.ndim == 2:  # not `spread`
-            kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
+        d, kernel = x.shape[-1], self.get_variable("params", "kernel")
+        if kernel is None or kernel.shape != (row_shards(x) * d, self.features):  # not of `spread`
+            kernel = self.param("kernel", kernel_init, (d, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         added = jax.lax.stop_gradient(bias) if self.hands_out_bias else bias
         if self.num_parts > 1:
@@ -98,17 +98,15 @@ class TokenDense(nn.Module):
 
     def _map(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        b, n = x.shape[:2]
-        if kernel.ndim == 3:
-            x = rearrange(x, "(shards b) n d -> shards b n d", shards=len(kernel))
+        b, n, d = x.shape
         if platform() == "cpu":
             # XLA on CPU is a tenth slower over a block with products of 3-d arrays.
-            x = rearrange(x, "... b n d -> ... (b n) d")
+            x = rearrange(x, "b n d -> (b n) d")
         # Flat tokens would be copied on TPU: 257 or 50 rows do not fill its tiles.
-        if kernel.ndim == 3:
-            x = checkpoint_name(jnp.einsum("s...d,sdf->s...f", x, kernel), "product") + bias
-        else:
+        if len(kernel) == d:
             x = x @ kernel + bias
+        else:
+            x = checkpoint_name(product(x, kernel), "product") + bias
         return shard_rows(x.reshape(b, n, bias.size))
 
 

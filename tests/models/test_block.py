@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamShapeError
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dinov2_jax.models.block import REMATS
@@ -18,7 +19,7 @@ SIZES = dict(patch_size=4, embed_dim=24, depth=2, num_heads=2, pos_embed_grid=(4
 KERNELS = {"attn/qkv": 24 * 72, "attn/proj": 24 * 24, "mlp/fc1": 24 * 96, "mlp/fc2": 96 * 24}
 
 
-def setup(rows: tuple[int, int] = (16, 32), **settings):
+def setup(rows: tuple[int, int] = (16, 32), num_groups: int = 8, **settings):
     """The loss of parameters and crops of two sizes, and both."""
     model = VisionTransformer(**SIZES, layer_scale_init=1.0, drop_path_rate=0.25, **settings)
     rng = np.random.default_rng(0)
@@ -32,7 +33,7 @@ def setup(rows: tuple[int, int] = (16, 32), **settings):
             {"params": params},
             images,
             train=True,
-            num_groups=rows[0] // 2,
+            num_groups=num_groups,
             rngs={"drop_path": jax.random.key(1)},
         )
         return sum(jnp.sum(x.patches**2) + jnp.sum(x.cls) for x in outputs)
@@ -40,9 +41,9 @@ def setup(rows: tuple[int, int] = (16, 32), **settings):
     return loss, params, images
 
 
-def on_mesh(mesh, loss, params, images, *, rows=None):
+def on_mesh(mesh, loss, params, images, *, rows=None, min_size_to_shard_mb=0.0):
     """The compiled gradient, and its arguments on the mesh."""
-    cut = tree_sharding(params, mesh, min_size_to_shard_mb=0)
+    cut = tree_sharding(params, mesh, min_size_to_shard_mb=min_size_to_shard_mb)
     rows = rows or batch_sharding(mesh)
     with jax.set_mesh(mesh):
         gradient = jax.jit(jax.grad(loss), in_shardings=(cut, rows), out_shardings=cut)
@@ -72,6 +73,12 @@ def test_gradients_are_those_of_one_device(axes, ffn):
     assert_same(compiled(*arguments), gradient_of_one_device(ffn=ffn))
 
 
+def test_small_parameters_are_whole_on_each_device():
+    mesh = make_mesh(data=2, fsdp=4)
+    compiled, arguments = on_mesh(mesh, *setup(), min_size_to_shard_mb=4)
+    assert_same(compiled(*arguments), gradient_of_one_device())
+
+
 @pytest.mark.parametrize("axes", [dict(data=8), dict(data=4, fsdp=2)], ids=str)
 @pytest.mark.parametrize("remat", REMATS)
 def test_a_kernel_is_reduced_once(axes, remat):
@@ -99,11 +106,20 @@ def test_a_mesh_changes_nothing_of_what_is_computed_again(remat):
         assert num_products() == alone
 
 
-def test_rows_that_the_devices_do_not_divide():
-    mesh = make_mesh(data=4, fsdp=2)
-    rows = NamedSharding(mesh, PartitionSpec())
-    compiled, arguments = on_mesh(mesh, *setup(rows=(12, 12)), rows=rows)
-    assert_same(compiled(*arguments), gradient_of_one_device(rows=(12, 12)))
+@pytest.mark.parametrize("rows, num_groups", [((12, 12), 4), ((16, 32), 4)], ids=["rows", "groups"])
+def test_what_the_devices_do_not_divide(rows, num_groups):
+    """Drop path leaves 3 of each group's 4 rows: 12 of 16."""
+    mesh, settings = make_mesh(data=4, fsdp=2), dict(rows=rows, num_groups=num_groups)
+    whole = NamedSharding(mesh, PartitionSpec())
+    compiled, arguments = on_mesh(mesh, *setup(**settings), rows=whole)
+    assert_same(compiled(*arguments), gradient_of_one_device(**settings))
+
+
+def test_a_kernel_of_another_shape_is_named():
+    loss, params, images = setup()
+    params["blocks"]["mlp"]["fc1"]["kernel"] = np.zeros((2, 24, 95), np.float32)
+    with jax.set_mesh(make_mesh(data=4, fsdp=2)), pytest.raises(ScopeParamShapeError, match="fc1"):
+        jax.eval_shape(loss, params, images)
 
 
 def test_one_size_needs_no_copies():
@@ -111,4 +127,4 @@ def test_one_size_needs_no_copies():
     with jax.set_mesh(make_mesh(data=4, fsdp=2)):
         both = str(jax.make_jaxpr(loss)(params, images))
         one = str(jax.make_jaxpr(lambda p: loss(p, images[:1]))(params))
-    assert "f32[8,24,72]" in both and "f32[8,24,72]" not in one
+    assert "f32[192,72]" in both and "f32[192,72]" not in one
