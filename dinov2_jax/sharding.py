@@ -5,7 +5,6 @@ serves them all. Mesh axes: `data` (batch only), `fsdp` (batch, and parameters i
 `model` (prototypes). All axes are Auto: shapes under `jit` are global, XLA places collectives.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -107,12 +106,6 @@ def shard_rows(x: jax.Array, *, last: str | None = None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, *middle, columns))
 
 
-def product(x: jax.Array, copies: jax.Array) -> jax.Array:
-    """Of rows `[b, .., d]` with a kernel of `spread`, `[(shards d), f]`; each shard by itself."""
-    rows = PartitionSpec(BATCH_AXES)
-    return jax.shard_map(jnp.matmul, in_specs=(rows, rows), out_specs=rows)(x, copies)
-
-
 def row_shards(*arrays: jax.Array) -> int:
     """Into how many pieces the mesh in use cuts the rows of all arrays; 1 if not those of all."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -120,48 +113,6 @@ def row_shards(*arrays: jax.Array) -> int:
         return 1
     shards = batch_shards(mesh)
     return 1 if any(len(x) % shards for x in arrays) else shards
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def spread(x: jax.Array, cut: int | None, num_parts: int = 1) -> jax.Array:
-    """A copy for each piece of the rows, `[(shards a), ..]`, each where its piece is.
-
-    Gradients of several uses of a copy are added there, and summed over the mesh once.
-
-    Args:
-      x: a parameter `[a, ..]`.
-      cut: axis by which `fsdp` cuts the sum, see `cut_axis`; None: nothing does.
-      num_parts: equal parts of its last axis that are used, hence summed, by themselves.
-    """
-    return _copies(x)
-
-
-def _copies(x: jax.Array) -> jax.Array:
-    shards = batch_shards(jax.sharding.get_abstract_mesh())
-    copies = jnp.broadcast_to(x, (shards, *x.shape))
-    copies = jax.lax.with_sharding_constraint(copies, PartitionSpec(BATCH_AXES))
-    return copies.reshape(shards * len(x), *x.shape[1:])
-
-
-def _sum_pieces(cut: int | None, num_parts: int, _, grad: jax.Array) -> tuple[jax.Array]:
-    """The sum of `[(shards a), ..]`; said outright, as XLA sums everything before it cuts."""
-
-    def add(part):
-        if cut is None:
-            return jax.lax.psum(part, BATCH_AXES)
-        own = jax.lax.psum_scatter(part, "fsdp", scatter_dimension=cut, tiled=True)
-        return jax.lax.psum(own, "data")
-
-    def add_parts(piece):
-        parts = jnp.split(piece, num_parts, axis=-1)
-        return jnp.concatenate([add(part) for part in parts], axis=-1)
-
-    spec = PartitionSpec() if cut is None else PartitionSpec(*(None,) * cut, "fsdp")
-    pieces = PartitionSpec(BATCH_AXES)
-    return (jax.shard_map(add_parts, in_specs=pieces, out_specs=spec, check_vma=False)(grad),)
-
-
-spread.defvjp(lambda x, *_: (_copies(x), None), _sum_pieces)
 
 
 def cut_axis(names: Sequence[str], shape: Sequence[int], fsdp: int) -> int | None:

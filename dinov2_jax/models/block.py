@@ -15,7 +15,8 @@ from dinov2_jax.models.attention import Attention
 from dinov2_jax.models.drop_path import DropPath, add_residual
 from dinov2_jax.models.layer_norm import make_layer_norm
 from dinov2_jax.models.layers import LayerScale, Mlp, SwiGLU, ffn_hidden_dim
-from dinov2_jax.sharding import cut_axis, path_names, row_shards, shard_rows, spread
+from dinov2_jax.models.spread import spread_kernels
+from dinov2_jax.sharding import row_shards, shard_rows
 
 REMATS = ("none", "dots", "branches", "blocks")
 
@@ -60,7 +61,7 @@ class Block(nn.Module):
         are_whole = drop_path is None or drop_path.num_groups % shards == 0
         if len(xs) > 1 and shards > 1 and are_whole and not self.is_initializing():
             # Else each size's gradient of a kernel would be summed over the mesh by itself.
-            kernels = functools.partial(_spread_kernels, dtype=self.dtype)
+            kernels = functools.partial(spread_kernels, dtype=self.dtype)
             layers = nn.map_variables(layers, "params", trans_in_fn=kernels)
         xs = layers(self, xs, drop_path)
         if slot is not None:
@@ -96,22 +97,6 @@ class Block(nn.Module):
         return xs
 
 
-def _spread_kernels(params, *, dtype: jnp.dtype):
-    """The same parameters, but for kernels `[d, f]`: a copy for each piece of the rows."""
-
-    fsdp = jax.sharding.get_abstract_mesh().shape["fsdp"]
-
-    def leaf(path, x):
-        names = path_names(path)
-        if names[-1] != "kernel":
-            return x
-        # SwiGLU's halves: put together before the sum, they would be cut across a TPU's lanes.
-        num_parts = 2 if "w12" in names else 1
-        return spread(x.astype(dtype), cut_axis(names, x.shape, fsdp), num_parts)
-
-    return jax.tree_util.tree_map_with_path(leaf, params)
-
-
 def choose_remat(remat: str, platform: str) -> str:
     """What "auto" means on devices of a platform such as "cpu"; others stay.
 
@@ -125,7 +110,7 @@ def choose_remat(remat: str, platform: str) -> str:
 
 def _all_but_copies(primitive, *_, **__) -> bool:
     """What costs nothing to make again: `spread` is made of these."""
-    return primitive.name not in ("broadcast_in_dim", "sharding_constraint")
+    return primitive.name not in ("broadcast_in_dim", "sharding_constraint", "reshape")
 
 
 def remat_block(remat: str) -> type[Block]:

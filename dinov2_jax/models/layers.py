@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
-from dinov2_jax.sharding import platform, product, row_shards, shard_rows
+from dinov2_jax.models.spread import product
+from dinov2_jax.sharding import platform, row_shards, shard_rows
 
 FFNS = ("mlp", "swiglu")
 
