@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from dinov2_jax import config as config_lib
 from dinov2_jax import sharding, startup, workload
+from dinov2_jax.compiler import without_compilation_cache
 from dinov2_jax.config_rules import ConfigError
 from dinov2_jax.cost.estimate import Estimate, estimate
 from dinov2_jax.cost.hlo import Program
@@ -95,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = config_lib.load_config(flags.config, flags.overrides, needs_data=False)
         topology = open_topology(flags.topology, num_slices=flags.slices)
         run = find_max_batch if flags.find_max_batch else check
-        figures, step = run(config, topology, is_quick=flags.fits_only, hlo_file=flags.hlo)
+        with without_compilation_cache():
+            figures, step = run(config, topology, is_quick=flags.fits_only, hlo_file=flags.hlo)
         print_figures(figures)
         if step is not None:
             print_estimate(figures, step, breakdown=flags.breakdown)

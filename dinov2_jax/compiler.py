@@ -1,10 +1,13 @@
 """How XLA compiles a run: presets of its flags, and the cache of what it compiled."""
 
+import contextlib
 import functools
 import os
 import platform as machine
+from collections.abc import Iterator
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from dinov2_jax.hub import cache_folder
 
@@ -87,3 +90,16 @@ def use_compilation_cache() -> None:
     if CACHE_VARIABLE not in os.environ and jax.config.jax_compilation_cache_dir is None:
         folder = cache_folder() / "compiled" / machine.node()
         jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+@contextlib.contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """Compiles everything anew: what is compiled for absent devices cannot be read back."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()  # it looks at the setting but once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()

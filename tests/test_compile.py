@@ -119,9 +119,12 @@ def test_two_slices(tmp_path, capsys):
     assert "v5e:2x2 x 2 slices: 8 devices" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("libtpu")
+@pytest.mark.usefixtures("libtpu", "cache")
 def test_the_largest_batch_by_the_compiler(tmp_path, capsys, monkeypatch):
-    """On chips with hardly more memory than the first batch takes: the second is refused."""
+    """On chips with hardly more memory than the first batch takes: the second is refused.
+
+    The first is compiled twice; from a cache it cannot be read back.
+    """
     file, limits = tmp_path / "figures.json", []
 
     def memory_of(compiled, chip):
