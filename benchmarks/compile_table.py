@@ -80,9 +80,14 @@ def cells() -> list[Cell]:
 
 
 def read_cache() -> dict[tuple[str, str], dict]:
-    """Figures by the cell's name and the candidate's text."""
-    lines = CACHE.read_text().splitlines() if CACHE.exists() else []
-    return {(line["cell"], line["overrides"]): line for line in map(json.loads, lines)}
+    """Figures by the cell's name and the candidate's text, the last compiled of each, last."""
+    found = {}
+    for text in CACHE.read_text().splitlines() if CACHE.exists() else ():
+        line = json.loads(text)
+        key = line["cell"], line["overrides"]
+        found.pop(key, None)
+        found[key] = line
+    return found
 
 
 def revision() -> str:
