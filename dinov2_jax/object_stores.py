@@ -92,14 +92,13 @@ def _check_driver(url: str, *, key: str) -> None:
 
     # By default it tries for minutes.
     spec = s3_driver(f"{url}/") | {"s3_request_retries": {"max_retries": 2}}
+    only = tensorstore.KvStore.KeyRange(key, key + "\0")  # not all that the workdir has
     try:
         store = tensorstore.KvStore.open(spec).result(timeout=_DRIVER_SECS)
         store.write(key, b"1").result(timeout=_DRIVER_SECS)
         read = store.read(key).result(timeout=_DRIVER_SECS).value
-        listed = store.list().result(timeout=_DRIVER_SECS)
-        store.delete_range(tensorstore.KvStore.KeyRange(key, key + "\0")).result(
-            timeout=_DRIVER_SECS
-        )
+        listed = store.list(only).result(timeout=_DRIVER_SECS)
+        store.delete_range(only).result(timeout=_DRIVER_SECS)
     except TimeoutError as error:
         raise TimeoutError(f"TensorStore found no answer in {_DRIVER_SECS:.0f} s") from error
     if read != b"1" or key.encode() not in listed:
@@ -124,7 +123,7 @@ def s3_driver(url: str) -> dict[str, Any]:
 
 @functools.cache
 def _teach_orbax_s3() -> None:
-    """Makes Orbax treat s3:// as it treats gs://, in the four functions that ask for gs:// alone.
+    """Makes Orbax treat s3:// as it treats gs://, in the functions that ask for gs:// alone.
 
     They are not public: a version of Orbax that does not ask them is refused, and one that knows
     s3:// by itself makes this function needless.
