@@ -30,7 +30,7 @@ from dinov2_jax.cost.memory import CompilerError, memory_of, memory_of_failure
 from dinov2_jax.cost.topology import Topology, TopologyError, open_topology
 from dinov2_jax.flags import parse_with_overrides
 from dinov2_jax.startup_heads import describe_heads
-from dinov2_jax.startup_table import describe_attention
+from dinov2_jax.startup_table import backward_kernels, describe_attention
 
 DOES_NOT_FIT, FAILED = 1, 2
 # Without its long search for fast code the compiler takes a fifth of the time, and a little more
@@ -148,6 +148,7 @@ def check(
         "slices": topology.num_slices,
         "mesh": dict(mesh.shape),
         **{name: getattr(backbone, name) for name in forms},
+        "backward_kernels": backward_kernels(trainer),
         "attention": describe_attention(config, backbone, mesh),
         "heads": describe_heads(config, mesh)[0],
         "grad_accumulation_steps": config.grad_accumulation_steps,
@@ -245,7 +246,8 @@ def print_figures(figures: dict) -> None:
         + (f" x {figures['slices']} slices" if figures["slices"] > 1 else "")
         + f": {figures['devices']} devices, mesh {axes}; batch {figures['global_batch_size']} in "
         f"groups of {figures['group_size']}; {figures['dtype']}, remat {figures['remat']}, "
-        f"attention {figures['attention']}, prototypes {figures['heads']}; "
+        + (f"backward kernels {kernels}, " if (kernels := figures["backward_kernels"]) else "")
+        + f"attention {figures['attention']}, prototypes {figures['heads']}; "
         f"compiled in {figures['compile_seconds']:.0f} s"
     )
     kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in figures["hbm_bytes"].items())

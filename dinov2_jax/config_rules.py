@@ -17,6 +17,7 @@ CHOICES = {
     "optim.learning_rate_scaling": ("sqrt_1024", "none"),
     "dtype": ("auto", "bfloat16", "float32"),
     "remat": ("auto", "none", "dots", "branches", "blocks"),
+    "mesh.backward_kernels": ("auto", "gather", "keep"),
     "attention": ("auto", "xla", "by_head", "pallas", "cudnn"),
     "layer_norm": ("auto", "xla", "pallas"),
     "drop_path_form": ("auto", "gather", "matmul", "pallas"),

@@ -115,6 +115,11 @@ def row_shards(*arrays: jax.Array) -> int:
     return 1 if any(len(x) % shards for x in arrays) else shards
 
 
+def is_cut_by_fsdp() -> bool:
+    """Whether the mesh in use cuts parameters, and not only rows."""
+    return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
+
+
 def cut_axis(names: Sequence[str], shape: Sequence[int], fsdp: int) -> int | None:
     """Which axis of a parameter `fsdp` cuts: its largest that it divides; None: none.
 

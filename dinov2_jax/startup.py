@@ -20,7 +20,7 @@ from dinov2_jax.checkpoints import abstract_like
 from dinov2_jax.compiler import compiler_options
 from dinov2_jax.config_rules import ConfigError, check_groups
 from dinov2_jax.models.attention import choose_implementation
-from dinov2_jax.models.block import choose_remat
+from dinov2_jax.models.block import choose_backward_kernels, choose_remat
 from dinov2_jax.models.drop_path import choose_form
 from dinov2_jax.models.heads import DINOHead
 from dinov2_jax.models.layer_norm import choose_layer_norm
@@ -174,6 +174,7 @@ def build_network(config, device: jax.Device) -> Network:
             f"model.num_heads={sizes['num_heads']}"
         )
     grid = config.crops.global_crop_size_px // model.patch_size
+    backward_kernels = choose_backward_kernels(config.mesh.backward_kernels, device.device_kind)
     backbone = VisionTransformer(
         **(sizes | {"ffn": model.ffn}),
         patch_size=model.patch_size,
@@ -188,6 +189,7 @@ def build_network(config, device: jax.Device) -> Network:
         drop_path_form=drop_path_form,
         dtype=dtype,
         remat=choose_remat(config.remat, device.platform),
+        keep_kernels=backward_kernels == "keep",
         attention=attention,
         layer_norm=layer_norm,
         scan_unroll=config.scan_unroll,

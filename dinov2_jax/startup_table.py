@@ -9,10 +9,11 @@ from jax.sharding import Mesh
 
 from dinov2_jax import report
 from dinov2_jax.compiler import choose_preset
+from dinov2_jax.config import flatten_config
 from dinov2_jax.models.attention import computed_by
 from dinov2_jax.models.vit import VisionTransformer
 from dinov2_jax.optim.schedules import describe_learning_rate
-from dinov2_jax.sharding import batch_shards
+from dinov2_jax.sharding import batch_shards, path_names
 from dinov2_jax.startup import Trainer, learning_rate_rule
 from dinov2_jax.startup_heads import describe_heads, heads_name
 
@@ -53,10 +54,32 @@ def describe_choices(config, trainer: Trainer) -> str:
         "remat": backbone.remat,
         "heads": heads_name(config, mesh),
         "compiler_preset": preset or "none",
+        "mesh.backward_kernels": backward_kernels(trainer),
     }
+    given = flatten_config(config)
     return ", ".join(
-        f"{key} {value}" for key, value in values.items() if value and config[key] == "auto"
+        f"{key} {value}" for key, value in values.items() if value and given[key] == "auto"
     )
+
+
+def backward_kernels(trainer: Trainer) -> str | None:
+    """What becomes of the kernels that `fsdp` cuts: "keep" or "gather"; None if it cuts none."""
+    if trainer.mesh.shape["fsdp"] == 1:
+        return None
+    return "keep" if trainer.network.backbone.keep_kernels else "gather"
+
+
+def kept_kernel_bytes(trainer: Trainer) -> int:
+    """Of the student's blocks, whole on each device from the forward to the backward pass."""
+    if backward_kernels(trainer) != "keep":
+        return 0
+    leaves = jax.tree_util.tree_leaves_with_path(trainer.abstract_state.student)
+    sizes = [
+        leaf.size
+        for names, leaf in ((path_names(path), leaf) for path, leaf in leaves)
+        if "blocks" in names and names[-1] == "kernel"
+    ]
+    return sum(sizes) * jnp.dtype(trainer.network.backbone.dtype).itemsize
 
 
 def describe(config, trainer: Trainer, *, config_path: str, workdir, num_images: int) -> str:
@@ -89,7 +112,7 @@ def describe(config, trainer: Trainer, *, config_path: str, workdir, num_images:
         global_batch_size=config.global_batch_size,
         group_size=config.group_size,
         learning_rate=describe_learning_rate(**learning_rate_rule(config)),
-        activation_bytes=activation_bytes + logit_bytes,
+        activation_bytes=activation_bytes + logit_bytes + kept_kernel_bytes(trainer),
         epochs=config.total_steps * config.global_batch_size / num_images,
         total_steps=config.total_steps,
     )

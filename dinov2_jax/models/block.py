@@ -16,7 +16,7 @@ from dinov2_jax.models.drop_path import DropPath, add_residual
 from dinov2_jax.models.layer_norm import make_layer_norm
 from dinov2_jax.models.layers import LayerScale, Mlp, SwiGLU, ffn_hidden_dim
 from dinov2_jax.models.spread import spread_kernels
-from dinov2_jax.sharding import row_shards, shard_rows
+from dinov2_jax.sharding import is_cut_by_fsdp, row_shards, shard_rows
 
 REMATS = ("none", "dots", "branches", "blocks")
 
@@ -110,16 +110,34 @@ def choose_remat(remat: str, platform: str) -> str:
 
 def _all_but_copies(primitive, *_, **__) -> bool:
     """What costs nothing to make again: `spread` is made of these."""
-    return primitive.name not in ("broadcast_in_dim", "sharding_constraint", "reshape")
+    return primitive.name not in ("broadcast_in_dim", "sharding_constraint", "reshape", "name")
 
 
-def remat_block(remat: str) -> type[Block]:
-    """`Block`, with the backward pass recomputing what `remat` says."""
+def choose_backward_kernels(setting: str, device_kind: str) -> str:
+    """What "auto" means on a device, "keep" or "gather"; others stay.
+
+    By the TPU compiler's word writing and reading the kernels costs less than gathering them again,
+    but for v5e. On GPUs as the reference does (fsdp's SHARD_GRAD_OP).
+    """
+    if setting == "auto":
+        return "gather" if device_kind in ("cpu", "TPU v5 lite", "TPU v5e") else "keep"
+    return setting
+
+
+def remat_block(remat: str, *, keep_kernels: bool = False) -> type[Block]:
+    """`Block`, with the backward pass recomputing what `remat` says.
+
+    Args:
+      remat: one of `REMATS`.
+      keep_kernels: whether kernels that `fsdp` cuts are kept whole for the backward pass, and not
+        gathered again.
+    """
     policies = jax.checkpoint_policies
-    if remat == "none" and row_shards() == 1:
+    keep_kernels = keep_kernels and is_cut_by_fsdp()
+    if remat == "none" and (keep_kernels or row_shards() == 1):
         return Block
     if remat == "none":
-        # All but whole kernels on each device, of all blocks: `fsdp` cuts them for their size.
+        # All but whole kernels on each device, of all blocks.
         policy = _all_but_copies
     elif remat == "dots":
         # The products with weights and the attention's result; its n x n matrices are not kept.
@@ -134,5 +152,7 @@ def remat_block(remat: str) -> type[Block]:
         policy = policies.nothing_saveable
     else:
         raise ValueError(f"{remat=} must be one of {REMATS}; choose one of them")
+    if keep_kernels:
+        policy = policies.save_from_both_policies(policy, policies.save_only_these_names("kernel"))
     # The scan keeps XLA from merging the recomputation with the forward pass.
     return nn.remat(Block, prevent_cse=False, static_argnums=(3,), policy=policy)

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
@@ -24,7 +25,8 @@ def spread_kernels(params, *, dtype: jnp.dtype):
             return x
         # SwiGLU's halves: put together before the sum, they would be cut across a TPU's lanes.
         num_parts = 2 if "w12" in names else 1
-        return spread(x.astype(dtype), cut_axis(names, x.shape, fsdp), num_parts)
+        copies = spread(x.astype(dtype), cut_axis(names, x.shape, fsdp), num_parts)
+        return checkpoint_name(copies, "kernel")
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 

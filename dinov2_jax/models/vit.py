@@ -58,6 +58,7 @@ class VisionTransformer(nn.Module):
       dtype: compute type; parameters, softmax and statistics are float32.
       remat: what the backward pass recomputes: "none", "dots" (all but the matrix products),
         "branches" (all but what is as wide as the tokens) or "blocks" (everything).
+      keep_kernels: whether kernels that `fsdp` cuts are kept whole for it.
       attention: "xla", "by_head", "pallas" or "cudnn", see `Attention`.
       layer_norm: "xla" or "pallas", of the blocks, see `make_layer_norm`.
       scan_unroll: blocks in each turn of the scan.
@@ -79,6 +80,7 @@ class VisionTransformer(nn.Module):
     drop_path_form: str = "gather"
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    keep_kernels: bool = False
     attention: str = "xla"
     layer_norm: str = "xla"
     scan_unroll: int = 1
@@ -104,7 +106,7 @@ class VisionTransformer(nn.Module):
             shape = (1, self.num_register_tokens, d)
             self.register_tokens = self.param("register_tokens", normal(1e-6), shape)
         self.blocks = nn.scan(
-            remat_block(self.remat),
+            remat_block(self.remat, keep_kernels=self.keep_kernels),
             variable_axes={"params": 0},
             split_rngs={"params": True, "drop_path": True},
             in_axes=(0, nn.broadcast),

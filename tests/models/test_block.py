@@ -1,5 +1,6 @@
 """Blocks on a mesh: each kernel's gradient is summed over it once, whatever sizes crops have."""
 
+import collections
 import functools
 import math
 import re
@@ -17,6 +18,7 @@ from dinov2_jax.sharding import batch_sharding, make_mesh, tree_sharding
 
 SIZES = dict(patch_size=4, embed_dim=24, depth=2, num_heads=2, pos_embed_grid=(4, 4))
 KERNELS = {"attn/qkv": 24 * 72, "attn/proj": 24 * 24, "mlp/fc1": 24 * 96, "mlp/fc2": 96 * 24}
+KERNEL_SIZES = collections.Counter(KERNELS.values())
 
 
 def setup(rows: tuple[int, int] = (16, 32), num_groups: int = 8, **settings):
@@ -51,6 +53,13 @@ def on_mesh(mesh, loss, params, images, *, rows=None, min_size_to_shard_mb=0.0):
     return compiled, (jax.device_put(params, cut), jax.device_put(images, rows))
 
 
+def sizes_in_loops(compiled, operation: str) -> list[int]:
+    """Of the results of a collective inside the scans."""
+    results = re.findall(rf"= (.*?) {operation}\(.*while/body", compiled.as_text())
+    shapes = re.findall(r"\[([\d,]+)\]", " ".join(results))
+    return [math.prod(map(int, shape.split(","))) for shape in shapes]
+
+
 def assert_same(ours, theirs):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
@@ -69,7 +78,7 @@ def gradient_of_one_device(**settings):
     ids=str,
 )
 def test_gradients_are_those_of_one_device(axes, ffn):
-    compiled, arguments = on_mesh(make_mesh(**axes), *setup(ffn=ffn))
+    compiled, arguments = on_mesh(make_mesh(**axes), *setup(ffn=ffn, keep_kernels=True))
     assert_same(compiled(*arguments), gradient_of_one_device(ffn=ffn))
 
 
@@ -84,13 +93,32 @@ def test_small_parameters_are_whole_on_each_device():
 def test_a_kernel_is_reduced_once(axes, remat):
     mesh = make_mesh(**axes)
     compiled, _ = on_mesh(mesh, *setup(remat=remat))
-    # Results of each reduction over `data`, where what `fsdp` cuts is cut already.
-    reduced = re.findall(r"= (.*?) all-reduce\(.*while/body", compiled.as_text())
-    shapes = re.findall(r"\[([\d,]+)\]", " ".join(reduced))
-    sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
-    for size in set(KERNELS.values()):
-        expected = sum(size == other for other in KERNELS.values())
+    # Over `data`, where what `fsdp` cuts is cut already.
+    sizes = sizes_in_loops(compiled, "all-reduce")
+    for size, expected in KERNEL_SIZES.items():
         assert sizes.count(size // mesh.shape["fsdp"]) == expected, size
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["gather", "keep"])
+@pytest.mark.parametrize("remat", REMATS)
+def test_how_often_a_kernel_is_gathered(remat, keep):
+    compiled, _ = on_mesh(make_mesh(data=2, fsdp=4), *setup(remat=remat, keep_kernels=keep))
+    sizes = sizes_in_loops(compiled, "all-gather")
+    for size, expected in KERNEL_SIZES.items():
+        assert sizes.count(size) == expected * (1 if keep else 2), size
+
+
+@pytest.mark.parametrize("axes", [dict(data=8), dict(data=2, fsdp=4)], ids=str)
+def test_kernels_are_kept_only_where_fsdp_cuts_them(axes):
+    mesh = make_mesh(**axes)
+
+    def temporary_bytes(keep: bool) -> int:
+        compiled, _ = on_mesh(mesh, *setup(remat="blocks", keep_kernels=keep))
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # float32 of two blocks.
+    kernels = 2 * 4 * sum(KERNELS.values()) if mesh.shape["fsdp"] > 1 else 0
+    assert 0.9 * kernels <= temporary_bytes(True) - temporary_bytes(False) <= 1.1 * kernels
 
 
 @pytest.mark.parametrize("remat", REMATS)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinov2_jax.models.block import choose_remat
+from dinov2_jax.models.block import choose_backward_kernels, choose_remat
 from dinov2_jax.models.vit import VARIANTS, VisionTransformer
 
 TINY = dict(patch_size=4, embed_dim=16, depth=2, num_heads=2, pos_embed_grid=(3, 3))
@@ -182,6 +182,14 @@ def test_auto_remat_follows_the_devices():
     policies = {platform: choose_remat("auto", platform) for platform in ("cpu", "gpu", "tpu")}
     assert policies == {"cpu": "dots", "gpu": "none", "tpu": "branches"}
     assert choose_remat("none", "cpu") == "none"
+
+
+def test_auto_keeps_kernels_by_the_chip():
+    kinds = ("cpu", "TPU v4", "TPU v5 lite", "TPU v6 lite", "TPU7x", "NVIDIA H200")
+    kept = [choose_backward_kernels("auto", kind) for kind in kinds]
+    assert kept == ["gather", "keep", "gather", "keep", "keep", "keep"]
+    assert choose_backward_kernels("gather", "TPU v4") == "gather"
+    assert choose_backward_kernels("keep", "cpu") == "keep"
 
 
 def test_remat_changes_memory_only():
