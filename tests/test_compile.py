@@ -58,6 +58,7 @@ def test_a_step_that_fits(tmp_path, capsys):
     # Of the topology, not of this machine.
     assert figures["dtype"] == "bfloat16"
     assert {figures[name] for name in ("attention", "layer_norm", "drop_path_form")} == {"pallas"}
+    assert figures["backward_kernels"] is None and "backward kernels" not in out  # fsdp is 1
     assert figures["heads"].startswith("by kernels") and figures["heads"] in out
     assert sum(figures["hbm_bytes"].values()) == figures["hbm_peak_bytes"]
     assert 0 < figures["hbm_peak_bytes"] < figures["hbm_limit_bytes"] == TPUS["v5e"].hbm_bytes

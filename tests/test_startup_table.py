@@ -1,5 +1,7 @@
 """The start-up table says what will run: what "auto" became, crop by crop where that differs."""
 
+import re
+
 import jax
 import pytest
 
@@ -43,6 +45,24 @@ def test_the_table_says_nothing_of_what_was_given():
     config = load(*given.items())
     assert "chosen by auto" not in table(config)
     assert "in blocks: " in table(config)
+
+
+def test_kernels_that_are_kept_count():
+    mesh = [("mesh.fsdp", "2"), ("group_size", "16"), ("mesh.min_size_to_shard_mb", "0")]
+    gathered, kept = load(*mesh), load(*mesh, ("mesh.backward_kernels", "keep"))
+    assert chosen(gathered).endswith("mesh.backward_kernels gather")
+    assert "backward_kernels" not in chosen(kept) + chosen(load())
+    trainers = [
+        startup.build_trainer(config, startup.build_mesh(config)) for config in (gathered, kept)
+    ]
+    d, depth = trainers[0].network.backbone.embed_dim, trainers[0].network.backbone.depth
+    # Queries, keys and values, projection, two layers; float32.
+    found = [startup_table.kept_kernel_bytes(trainer) for trainer in trainers]
+    assert found == [0, depth * (3 + 1 + 4 + 4) * d**2 * 4]
+    (before, *_), (after, *_) = (
+        re.findall(r"activations about (\d+)", table(c)) for c in (gathered, kept)
+    )
+    assert int(after) - int(before) == round(found[1] / 1e6)
 
 
 @pytest.mark.usefixtures("libtpu")
