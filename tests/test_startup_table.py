@@ -52,17 +52,17 @@ def test_kernels_that_are_kept_count():
     gathered, kept = load(*mesh), load(*mesh, ("mesh.backward_kernels", "keep"))
     assert chosen(gathered).endswith("mesh.backward_kernels gather")
     assert "backward_kernels" not in chosen(kept) + chosen(load())
-    trainers = [
-        startup.build_trainer(config, startup.build_mesh(config)) for config in (gathered, kept)
-    ]
+    one_size = load(*mesh, ("mesh.backward_kernels", "keep"), ("crops.num_local_crops", "0"))
+    configs = (gathered, one_size, kept)
+    trainers = [startup.build_trainer(config, startup.build_mesh(config)) for config in configs]
     d, depth = trainers[0].network.backbone.embed_dim, trainers[0].network.backbone.depth
     # Queries, keys and values, projection, two layers; float32.
-    found = [startup_table.kept_kernel_bytes(trainer) for trainer in trainers]
-    assert found == [0, depth * (3 + 1 + 4 + 4) * d**2 * 4]
+    found = list(map(startup_table.kept_kernel_bytes, configs, trainers))
+    assert found == [0, 0, depth * (3 + 1 + 4 + 4) * d**2 * 4]
     (before, *_), (after, *_) = (
         re.findall(r"activations about (\d+)", table(c)) for c in (gathered, kept)
     )
-    assert int(after) - int(before) == round(found[1] / 1e6)
+    assert int(after) - int(before) == round(found[2] / 1e6)
 
 
 @pytest.mark.usefixtures("libtpu")

@@ -16,7 +16,7 @@ from dinov2_jax.models.drop_path import DropPath, add_residual
 from dinov2_jax.models.layer_norm import make_layer_norm
 from dinov2_jax.models.layers import LayerScale, Mlp, SwiGLU, ffn_hidden_dim
 from dinov2_jax.models.spread import spread_kernels
-from dinov2_jax.sharding import is_cut_by_fsdp, row_shards, shard_rows
+from dinov2_jax.sharding import fsdp_cuts_parameters, row_shards, shard_rows
 
 REMATS = ("none", "dots", "branches", "blocks")
 
@@ -109,15 +109,16 @@ def choose_remat(remat: str, platform: str) -> str:
 
 
 def _all_but_copies(primitive, *_, **__) -> bool:
-    """What costs nothing to make again: `spread` is made of these."""
+    """What costs nothing to make again: `spread` is made of these, and its result has a name."""
     return primitive.name not in ("broadcast_in_dim", "sharding_constraint", "reshape", "name")
 
 
 def choose_backward_kernels(setting: str, device_kind: str) -> str:
     """What "auto" means on a device, "keep" or "gather"; others stay.
 
-    By the TPU compiler's word writing and reading the kernels costs less than gathering them again,
-    but for v5e. On GPUs as the reference does (fsdp's SHARD_GRAD_OP).
+    By the TPU compiler's word writing and reading the kernels costs less than gathering them again
+    on v6e and tpu7x, and more on v5e; v4 and v5p by the likeness of their links. On GPUs as the
+    reference does (FSDP's SHARD_GRAD_OP).
     """
     if setting == "auto":
         return "gather" if device_kind in ("cpu", "TPU v5 lite", "TPU v5e") else "keep"
@@ -130,10 +131,10 @@ def remat_block(remat: str, *, keep_kernels: bool = False) -> type[Block]:
     Args:
       remat: one of `REMATS`.
       keep_kernels: whether kernels that `fsdp` cuts are kept whole for the backward pass, and not
-        gathered again.
+        gathered again; of a block that is given crops of several sizes.
     """
     policies = jax.checkpoint_policies
-    keep_kernels = keep_kernels and is_cut_by_fsdp()
+    keep_kernels = keep_kernels and fsdp_cuts_parameters()
     if remat == "none" and (keep_kernels or row_shards() == 1):
         return Block
     if remat == "none":

@@ -25,8 +25,10 @@ def spread_kernels(params, *, dtype: jnp.dtype):
             return x
         # SwiGLU's halves: put together before the sum, they would be cut across a TPU's lanes.
         num_parts = 2 if "w12" in names else 1
-        copies = spread(x.astype(dtype), cut_axis(names, x.shape, fsdp), num_parts)
-        return checkpoint_name(copies, "kernel")
+        cut = cut_axis(names, x.shape, fsdp)
+        copies = spread(x.astype(dtype), cut, num_parts)
+        # What nothing cuts is whole on each device: there is nothing to keep.
+        return copies if cut is None else checkpoint_name(copies, "kernel")
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 

@@ -78,7 +78,7 @@ def gradient_of_one_device(**settings):
     ids=str,
 )
 def test_gradients_are_those_of_one_device(axes, ffn):
-    compiled, arguments = on_mesh(make_mesh(**axes), *setup(ffn=ffn, keep_kernels=True))
+    compiled, arguments = on_mesh(make_mesh(**axes), *setup(ffn=ffn))
     assert_same(compiled(*arguments), gradient_of_one_device(ffn=ffn))
 
 
@@ -102,10 +102,12 @@ def test_a_kernel_is_reduced_once(axes, remat):
 @pytest.mark.parametrize("keep", [False, True], ids=["gather", "keep"])
 @pytest.mark.parametrize("remat", REMATS)
 def test_how_often_a_kernel_is_gathered(remat, keep):
-    compiled, _ = on_mesh(make_mesh(data=2, fsdp=4), *setup(remat=remat, keep_kernels=keep))
+    settings = setup(remat=remat, keep_kernels=keep)
+    compiled, arguments = on_mesh(make_mesh(data=2, fsdp=4), *settings)
     sizes = sizes_in_loops(compiled, "all-gather")
     for size, expected in KERNEL_SIZES.items():
         assert sizes.count(size) == expected * (1 if keep else 2), size
+    assert_same(compiled(*arguments), gradient_of_one_device())
 
 
 @pytest.mark.parametrize("axes", [dict(data=8), dict(data=2, fsdp=4)], ids=str)
