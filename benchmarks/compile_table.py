@@ -58,10 +58,10 @@ class Cell:
         share = BATCHES[letter] // self.devices
         group = max(size for size in range(1, GROUPS[letter] + 1) if share % size == 0)
         common = {"global_batch_size": BATCHES[letter], "group_size": group}
-        common["mesh.fsdp"] = {"s": 1, "b": 1, "l": 16, "g": 16}[letter]
+        common["mesh.fsdp"] = {"s": 8, "b": 8, "l": 16, "g": 16}[letter]
         if self.model == "g518":
             common["crops.global_crop_size_px"] = 518
-        other = {"s": 8, "b": 8, "l": 64, "g": 64}[letter]
+        other = {"s": 1, "b": 1, "l": 64, "g": 64}[letter]
         return [
             {**common, "remat": "branches"},
             {**common, "remat": "dots"},

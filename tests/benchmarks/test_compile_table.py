@@ -67,18 +67,18 @@ def test_what_is_done_is_not_done_again(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         compile_table.main()
     first, second = "s v5e:8x8", "s v6e:8x8"
-    done, left = [(name, 1, "branches") for name in (first, second)], (second, 1, "dots")
-    assert tried == [*done, (first, 1, "dots")]
+    done, left = [(name, 8, "branches") for name in (first, second)], (second, 8, "dots")
+    assert tried == [*done, (first, 8, "dots")]
     compile_table.main()
-    meshes = [(name, 8, "branches") for name in (first, second)]
-    assert tried[3:] == [(first, 1, "dots"), left, *meshes]
+    meshes = [(name, 1, "branches") for name in (first, second)]
+    assert tried[3:] == [(first, 8, "dots"), left, *meshes]
     rows = [json.loads(text) for text in compile_table.CACHE.read_text().splitlines()]
     found = [(row["cell"], row["mesh"]["fsdp"], row["remat"]) for row in rows]
     assert found == [*done, *tried[3:]]
     # The fastest is in the table, with what the others took.
     text = page.read_text()
-    assert f"| {first} | 32 | 64 x 1 | dots | 1.0 of 16.0 | 1.0 | 1100 | 50.0% |" in text
-    assert text.count("| branches 2100 †, branches fsdp=8 2800 † |") == 2
+    assert f"| {first} | 32 | 8 x 8 | dots | 1.0 of 16.0 | 1.0 | 1800 | 50.0% |" in text
+    assert text.count("| branches fsdp=1 2100 †, branches 2800 † |") == 2
     assert text.startswith("before") and text.endswith("after")
 
 
