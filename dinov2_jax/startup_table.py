@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 
 from dinov2_jax import report
 from dinov2_jax.compiler import choose_preset
-from dinov2_jax.config import flatten_config
 from dinov2_jax.models.attention import computed_by
 from dinov2_jax.models.vit import VisionTransformer
 from dinov2_jax.optim.schedules import describe_learning_rate
@@ -56,7 +55,7 @@ def describe_choices(config, trainer: Trainer) -> str:
         "compiler_preset": preset or "none",
         "mesh.backward_kernels": backward_kernels(config, trainer),
     }
-    given = flatten_config(config)
+    given = {key: (config.mesh if "." in key else config)[key.split(".")[-1]] for key in values}
     return ", ".join(
         f"{key} {value}" for key, value in values.items() if value and given[key] == "auto"
     )

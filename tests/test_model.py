@@ -37,7 +37,9 @@ def images(height: int, width: int, b: int = 2) -> np.ndarray:
 
 def assert_close(ours, theirs):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        # Values reach some hundreds, and rounding goes by the largest.
+        atol = max(1e-5, 1e-6 * np.abs(b).max(initial=0))
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol)
 
 
 def test_outputs_are_the_modules(model, spec, params):
@@ -59,7 +61,7 @@ def test_intermediate_layers_are_the_modules(model, spec, params, n, norm):
     grids = model.intermediate_layers(x, n, norm=norm, reshape=True)
     for ours, flat in zip(grids, theirs, strict=True):
         assert ours.patches.shape == (2, *model.grid(12, 20), 16) == (2, 3, 5, 16)
-        np.testing.assert_allclose(ours.patches[:, 1, 2], flat.patches[:, 7], rtol=1e-5, atol=1e-5)
+        assert_close(ours.patches[:, 1, 2], flat.patches[:, 7])
         assert_close(ours.cls, flat.cls)
 
 

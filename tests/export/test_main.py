@@ -1,6 +1,7 @@
 """The command: what it prints, its exit codes, and that wrong input leaves nothing."""
 
 import os
+import re
 import sys
 
 import pytest
@@ -33,7 +34,9 @@ def test_it_says_what_it_wrote_and_how_far_it_is(source, tmp_path, capsys):
     assert (code, err) == (0, [])
     assert out[0] == f"wrote {target}: {target.stat().st_size / 1e6:.1f} MB"
     assert out[1].startswith(f"largest difference from {source} in batches of 1 and 3")
-    assert "cls 0.0e+00, registers 0.0e+00, patches 0.0e+00 (bound 1e-04)" in out[1]
+    said = re.search(r"cls (\S+), registers (\S+), patches (\S+) \(bound 1e-04\)$", out[1])
+    # One program as it was and as it is read back; not on every machine compiled alike.
+    assert max(map(float, said.groups())) < 1e-6
 
 
 def test_a_square_size(source, tmp_path, capsys):

@@ -73,7 +73,9 @@ def test_targets_and_their_statistics(kind, n, k, num_blocks, dtype, has_kernels
     of_best = np.take_along_axis(np.asarray(want), np.asarray(best)[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(of_best, want.max(axis=-1), rtol=TOLERANCE)
     if not has_kernels:  # whose powers of two break ties of two rows otherwise
-        np.testing.assert_array_equal(best, want.argmax(axis=-1))
+        near_best = want >= (1 - TOLERANCE) * want.max(axis=-1, keepdims=True)
+        is_clear = near_best.sum(axis=-1) == 1  # else rounding, hence the machine, chooses
+        np.testing.assert_array_equal(best[is_clear], want.argmax(axis=-1)[is_clear])
 
 
 @pytest.mark.parametrize("has_kernels", [False, True], ids=["blocks", "kernels"])
