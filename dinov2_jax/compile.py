@@ -38,7 +38,7 @@ DOES_NOT_FIT, FAILED = 1, 2
 QUICK = {"optimization_level": 9}  # jax's number of its level O0
 LESS_MEMORY = (
     "what lowers it: mesh.fsdp cuts the state, most of the arguments, over so many devices; "
-    "of temporaries: more devices, grad_accumulation_steps, remat=blocks, backward_kernels=gather"
+    "temporaries: more devices, grad_accumulation_steps, remat=blocks, mesh.backward_kernels=gather"
 )
 
 
