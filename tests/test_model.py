@@ -37,9 +37,7 @@ def images(height: int, width: int, b: int = 2) -> np.ndarray:
 
 def assert_close(ours, theirs):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        # Values reach some hundreds, and rounding goes by the largest.
-        atol = max(1e-5, 1e-6 * np.abs(b).max(initial=0))
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_outputs_are_the_modules(model, spec, params):

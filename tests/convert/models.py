@@ -39,7 +39,11 @@ def make_spec(name: str = "mlp", **settings) -> ModelSpec:
 
 
 def make_params(spec: ModelSpec, *, heads=(), dtype=np.float32) -> dict:
-    """Random parameters: of the backbone, or {"backbone": .., head: ..}."""
+    """Random parameters: of the backbone, or {"backbone": .., head: ..}.
+
+    Kernels keep the variance of their inputs, as trained ones do: with standard normal ones the
+    residuals reach a thousand, and whether 1e-5 holds depends on the machine's vector width.
+    """
     rng = np.random.default_rng(0)
     d = spec.embed_dim
     shapes = {f"backbone/{path}": shape for path, shape in spec.shapes().items()}
@@ -56,7 +60,11 @@ def make_params(spec: ModelSpec, *, heads=(), dtype=np.float32) -> dict:
                 f"{head}/last_layer/weight_g": (6, 1),
                 f"{head}/last_layer/weight_v": (6, 5),
             }
-    arrays = {path: rng.standard_normal(shape).astype(dtype) for path, shape in shapes.items()}
+    arrays = {path: rng.standard_normal(shape) for path, shape in shapes.items()}
+    for path, array in arrays.items():
+        if path.endswith("/kernel"):
+            array /= np.sqrt(np.prod(array.shape[:-1]))
+    arrays = {path: array.astype(dtype) for path, array in arrays.items()}
     params = nest(arrays)
     return params if heads else params["backbone"]
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dinov2_jax.convert import write_model
-from dinov2_jax.export import check
+from dinov2_jax.export import __main__, check, export_model
 from dinov2_jax.export.__main__ import main
 from tests.convert.models import make_params, make_spec
 
@@ -27,16 +27,24 @@ def run(capsys, *arguments):
     return code, captured.out.splitlines(), captured.err.splitlines()
 
 
-def test_it_says_what_it_wrote_and_how_far_it_is(source, tmp_path, capsys):
-    target = tmp_path / "out"
+def test_it_says_what_it_wrote_and_how_far_it_is(source, tmp_path, capsys, monkeypatch):
+    target, measured = tmp_path / "out", {}
+
+    def recorded(**flags):
+        measured.update(export_model(**flags))
+        return measured
+
+    monkeypatch.setattr(__main__, "export_model", recorded)
     arguments = ["--format", "stablehlo", "--size", "16x20", "--num-heads", 4]
     code, out, err = run(capsys, source, target, *arguments)
     assert (code, err) == (0, [])
     assert out[0] == f"wrote {target}: {target.stat().st_size / 1e6:.1f} MB"
     assert out[1].startswith(f"largest difference from {source} in batches of 1 and 3")
     said = re.search(r"cls (\S+), registers (\S+), patches (\S+) \(bound 1e-04\)$", out[1])
-    # One program as it was and as it is read back; not on every machine compiled alike.
-    assert max(map(float, said.groups())) < 1e-6
+    names = ["cls", "registers", "patches"]
+    assert list(said.groups()) == [f"{measured[name]:.1e}" for name in names]
+    # The program as it was and as it is read back: not compiled alike on every machine.
+    assert max(measured.values()) < 1e-6
 
 
 def test_a_square_size(source, tmp_path, capsys):

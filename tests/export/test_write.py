@@ -20,8 +20,6 @@ from tests.parity import require
 pytestmark = pytest.mark.usefixtures("cache")
 # Sums in another order; measured 1e-6 at most.
 TOLERANCE = 1e-5
-# Another library computes it: 1.2e-5 of the largest value on cores of AVX2 alone.
-ONNX_TOLERANCE = 2e-5
 needs_onnx = pytest.mark.parity
 SIZE = (12, 20)  # the stored positions are 3 x 3 of 4 px
 
@@ -42,14 +40,14 @@ def images(b: int, height: int = SIZE[0], width: int = SIZE[1]) -> np.ndarray:
     return np.random.default_rng(2).standard_normal((b, height, width, 3), np.float32)
 
 
-def assert_outputs(outputs, source, x, tolerance=TOLERANCE):
+def assert_outputs(outputs, source, x):
     """Names, shapes and numbers of the source's own outputs."""
     expected = load(source)(x)
     names = {"cls", "patches"} | ({"registers"} if expected.registers.size else set())
     assert set(outputs) == names
     for name in names:
         right = np.asarray(getattr(expected, name))
-        np.testing.assert_allclose(outputs[name], right, rtol=0, atol=tolerance * abs(right).max())
+        np.testing.assert_allclose(outputs[name], right, rtol=0, atol=TOLERANCE * abs(right).max())
 
 
 def read_stablehlo(path):
@@ -87,7 +85,7 @@ def test_onnx(tmp_path, name):
     assert max(differences.values()) < TOLERANCE
     _, run = read_onnx(target)
     for b in (1, 4):
-        assert_outputs(run(images(b)), source, images(b), ONNX_TOLERANCE)
+        assert_outputs(run(images(b)), source, images(b))
 
 
 @needs_onnx
@@ -96,8 +94,7 @@ def test_onnx_weights_beside_the_graph(source, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graph, "LARGEST_BYTES", 1000)
     export_model(source, tmp_path / "out.onnx", size=SIZE)
     assert sorted(os.listdir(tmp_path)) == ["in.safetensors", "out.onnx", "out.onnx.data"]
-    run = read_onnx(tmp_path / "out.onnx")[1]
-    assert_outputs(run(images(2)), source, images(2), ONNX_TOLERANCE)
+    assert_outputs(read_onnx(tmp_path / "out.onnx")[1](images(2)), source, images(2))
     with pytest.raises(FileExistsError, match=r"out\.onnx is there already"):
         export_model(source, tmp_path / "out.onnx")
 
