@@ -4,8 +4,8 @@
     reference       the modules of the package `dinov2`; its softmax is spelled out without xFormers
     reference+sdpa  the same with torch's scaled_dot_product_attention
 
-Each is a process of its own; float32; `python -m benchmarks.train_step --threads 1`. All have
-malloc's settings of docs/performance.md, unless GLIBC_TUNABLES is set (empty: the system's own).
+Each is a process of its own; float32; `python -m benchmarks.train_step --threads 1`. All keep what
+memory they free, as the trainer does by itself, unless GLIBC_TUNABLES is set (empty, too).
 Ours beside itself: `--contenders ours --variants remat=none drop_path_form=matmul`.
 """
 
@@ -45,8 +45,6 @@ CONTENDERS = {
     "reference": functools.partial(start_reference, is_fused=False),
     "reference+sdpa": functools.partial(start_reference, is_fused=True),
 }
-# Freed memory is kept, and not asked for again from the system page by page.
-MALLOC = {"arena_max": 1, "mmap_max": 0, "trim_threshold": 2**64 - 1}
 LOSSES = ("dino_global_loss", "dino_local_loss", "ibot_loss", "koleo_loss", "total_loss")
 
 
@@ -88,10 +86,9 @@ def main() -> None:
     options = parser.parse_args()
     limit_threads(options.threads)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items())
     print(
         f"{options.threads} threads; {options.rounds} turns after a first step; float32; "
-        f"GLIBC_TUNABLES={os.environ.setdefault('GLIBC_TUNABLES', tunables)!r}"
+        f"GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES')}"
     )
     for title in options.cases:
         config_name, overrides = CASES[title]

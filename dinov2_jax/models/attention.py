@@ -18,6 +18,8 @@ from dinov2_jax.models import attention_pallas
 from dinov2_jax.models.layers import TokenDense
 
 IMPLEMENTATIONS = ("xla", "by_head", "pallas", "cudnn")
+# Heads of fewer tokens are too little work to be computed one after the other.
+FEWEST_BY_HEAD = 128
 
 
 def default_implementation() -> str:
@@ -63,10 +65,12 @@ def choose_implementation(name: str, device: jax.Device, dtype: jnp.dtype) -> st
 
 
 def computed_by(name: str, n: int, d: int, num_heads: int, dtype: jnp.dtype) -> str:
-    """What computes attention over n tokens of width d: `name`, or XLA if its kernels do not fit.
+    """What computes attention over n tokens of width d: `name`, or XLA where that is not for them.
 
-    That goes by the chip of the mesh in use.
+    Pallas by whether its kernels fit the chip of the mesh in use, "by_head" by `FEWEST_BY_HEAD`.
     """
+    if name == "by_head" and n < FEWEST_BY_HEAD:
+        return "xla"
     if name == "pallas" and not attention_pallas.fits(n, d, num_heads, jnp.dtype(dtype).itemsize):
         return "xla"
     return name
@@ -85,7 +89,7 @@ class Attention(nn.Module):
     Attributes:
       num_heads: heads; must divide the embedding width.
       implementation: "pallas" (fused; TPU only; where it does not fit, XLA takes over), "by_head"
-        (`attend_by_head`), or see `attend`.
+        (`attend_by_head`; of `FEWEST_BY_HEAD` tokens and more), or see `attend`.
       dtype: of the matrix products.
     """
 

@@ -64,6 +64,28 @@ _written = jax.custom_vjp(jax.lax.optimization_barrier)
 _written.defvjp(lambda x: (_written(x), None), lambda _, grad: (grad,))
 
 
+@jax.custom_vjp
+def cpu_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Rows `[b, d]` times a kernel `[d, f]`, whose gradient XLA's CPU products are made for.
+
+    The gradient `[d, f]` is a product of few columns if f is the smaller: it takes 1.1 to 1.6 times
+    as long as its transpose.
+    """
+    return x @ kernel
+
+
+def _cpu_product_backward(inputs, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = inputs
+    d, f = kernel.shape
+    # Without the barrier XLA would undo the transposition.
+    of_kernel = jax.lax.optimization_barrier(grad.T @ x).T if f < d else x.T @ grad
+    return grad @ kernel.T, of_kernel
+
+
+# Not by itself: remat must see the product.
+cpu_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _cpu_product_backward)
+
+
 class TokenDense(nn.Module):
     """A linear layer on tokens; kernel N(0, 0.02), bias 0.
 
@@ -100,12 +122,13 @@ class TokenDense(nn.Module):
     def _map(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         b, n, d = x.shape
+        matmul = jnp.matmul
         if platform() == "cpu":
             # XLA on CPU is a tenth slower over a block with products of 3-d arrays.
-            x = rearrange(x, "b n d -> (b n) d")
+            x, matmul = rearrange(x, "b n d -> (b n) d"), cpu_product
         # Flat tokens would be copied on TPU: 257 or 50 rows do not fill its tiles.
         if len(kernel) == d:
-            x = x @ kernel + bias
+            x = matmul(x, kernel) + bias
         else:
             x = checkpoint_name(product(x, kernel), "product") + bias
         return shard_rows(x.reshape(b, n, bias.size))

@@ -10,10 +10,12 @@ from einops import rearrange
 
 from dinov2_jax.models import attention_pallas
 from dinov2_jax.models.attention import (
+    FEWEST_BY_HEAD,
     Attention,
     attend,
     attend_by_head,
     choose_implementation,
+    computed_by,
     default_implementation,
 )
 
@@ -52,6 +54,19 @@ def test_by_head_has_the_same_gradients_and_keeps_no_square_matrix():
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert (n, n) in kept[0]
     assert (n, n) not in kept[1]
+
+
+def test_few_tokens_are_left_to_xla():
+    module = Attention(num_heads=2, implementation="by_head")
+    params = None
+    for n, is_loop in ((FEWEST_BY_HEAD - 1, False), (FEWEST_BY_HEAD, True)):
+        x = jax.random.normal(jax.random.key(n), (2, n, 8))
+        params = params or module.init(jax.random.key(0), x)
+        assert ("scan" in str(jax.make_jaxpr(module.apply)(params, x))) == is_loop
+        right = Attention(num_heads=2).apply(params, x)
+        np.testing.assert_allclose(module.apply(params, x), right, rtol=1e-5, atol=1e-7)
+        name = computed_by("by_head", n, 8, 2, jnp.float32)
+        assert name == ("by_head" if is_loop else "xla")
 
 
 def test_the_default_is_by_head_on_one_cpu_device_only(monkeypatch):

@@ -1,6 +1,7 @@
 """The parts of a block against formulas, and their initial distributions."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from dinov2_jax.models.layers import (
     PatchEmbed,
     SwiGLU,
     TokenDense,
+    cpu_product,
     ffn_hidden_dim,
     gelu,
 )
@@ -63,6 +65,26 @@ def test_mlp_formula():
     hidden = gelu(x @ params["fc1"]["kernel"] + params["fc1"]["bias"])
     expected = hidden @ params["fc2"]["kernel"] + params["fc2"]["bias"]
     np.testing.assert_allclose(Mlp(8).apply({"params": params}, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("d", "f"), [(24, 8), (8, 24), (8, 8)])
+def test_a_product_on_cpu_has_its_gradients_by_the_wider_product(d, f):
+    x = jax.random.normal(jax.random.key(0), (50, d))
+    kernel, grad = jax.random.normal(jax.random.key(1), (d, f)), jnp.ones((50, f))
+    grads = jax.jit(lambda x, kernel: jax.vjp(cpu_product, x, kernel)[1](grad))
+    np.testing.assert_allclose(cpu_product(x, kernel), x @ kernel, rtol=1e-6)
+    for ours, right in zip(grads(x, kernel), (grad @ kernel.T, x.T @ grad), strict=True):
+        np.testing.assert_allclose(ours, right, rtol=1e-5, atol=1e-5)
+    text = grads.lower(x, kernel).compile().as_text()
+    assert re.search(rf"f32\[{min(d, f)},{max(d, f)}\]\S* dot\(", text)
+
+
+def test_remat_keeps_a_product_on_cpu():
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    layer = jax.checkpoint(lambda x, k: jnp.sin(cpu_product(jnp.sin(x), k)), policy=policy)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda x, k: layer(x, k).sum(), argnums=(0, 1)))
+    text = str(jaxpr(jnp.ones((5, 4)), jnp.ones((4, 3))))
+    assert text.count("dot_general") == 3
 
 
 def test_parts_are_those_of_the_whole_with_its_gradients():
