@@ -1,6 +1,7 @@
 """A run on one CPU keeps its memory from step to step, and leaves others' settings alone."""
 
 import os
+import pathlib
 import platform
 import runpy
 import subprocess
@@ -48,13 +49,13 @@ def faults(*arguments: str, **environment: str) -> tuple[bool, int]:
 
 @needs_glibc
 def test_kept_memory_is_not_asked_for_again():
-    pages = 3 * 64_000_000 // os.sysconf("SC_PAGE_SIZE")
+    if "[always]" in pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        pytest.skip("this system gives large pages to all: there are few faults to count")
     kept, count = faults("ready")
-    assert kept
-    assert count < pages / 20
-    kept, count = faults()
-    assert not kept
-    assert count > pages / 2
+    others_kept, others = faults()
+    assert kept and not others_kept
+    assert others > 3 * 64_000_000 // os.sysconf("SC_PAGE_SIZE") / 2
+    assert count < others / 4
 
 
 @needs_glibc
@@ -63,12 +64,19 @@ def test_kept_memory_is_not_asked_for_again():
     [
         {"GLIBC_TUNABLES": ""},
         {"MALLOC_MMAP_MAX_": "65536"},
+        {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "true"},
+        {"JAX_NUM_PROCESSES": "1"},
         {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
     ],
-    ids=["tunables", "variable", "devices"],
+    ids=["tunables", "variable", "jax", "processes", "devices"],
 )
 def test_what_is_chosen_is_left_alone(variables):
     assert not faults("ready", **variables)[0]
+
+
+def test_other_libraries_processes_need_no_jax():
+    program = "import sys; from dinov2_jax import host_memory; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_process_that_did_not_say_so_is_left_alone():
@@ -92,7 +100,8 @@ def test_a_run_keeps_that_of_its_mesh_and_gives_back_the_compilers(cache, tmp_pa
     monkeypatch.setattr(host_memory, "give_back", lambda: said.append("compiled"))
     monkeypatch.setattr(startup, "build_trainer", _and_say(startup.build_trainer, said))
     assert run(tmp_path, total_steps=1, mesh__data=1) == 0
-    assert said == [1, "built", "compiled"]
+    # Once the step is compiled, and after the evaluations before and after it.
+    assert said == [1, "built", *["compiled"] * 3]
 
 
 def _and_say(function, said: list):

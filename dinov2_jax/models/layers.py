@@ -66,10 +66,9 @@ _written.defvjp(lambda x: (_written(x), None), lambda _, grad: (grad,))
 
 @jax.custom_vjp
 def cpu_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Rows `[b, d]` times a kernel `[d, f]`, whose gradient XLA's CPU products are made for.
+    """Rows `[b, d]` times a kernel `[d, f]`, whose gradient is a product of many columns.
 
-    The gradient `[d, f]` is a product of few columns if f is the smaller: it takes 1.1 to 1.6 times
-    as long as its transpose.
+    XLA's products of few columns are slow on CPUs: see docs/performance.md. Reverse mode only.
     """
     return x @ kernel
 
@@ -82,7 +81,7 @@ def _cpu_product_backward(inputs, grad: jax.Array) -> tuple[jax.Array, jax.Array
     return grad @ kernel.T, of_kernel
 
 
-# Not by itself: remat must see the product.
+# Forward not by itself: remat must see the product.
 cpu_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _cpu_product_backward)
 
 
@@ -125,7 +124,9 @@ class TokenDense(nn.Module):
         matmul = jnp.matmul
         if platform() == "cpu":
             # XLA on CPU is a tenth slower over a block with products of 3-d arrays.
-            x, matmul = rearrange(x, "b n d -> (b n) d"), cpu_product
+            x = rearrange(x, "b n d -> (b n) d")
+            if jax.sharding.get_abstract_mesh().size <= 1:  # a cut kernel would be gathered for it
+                matmul = cpu_product
         # Flat tokens would be copied on TPU: 257 or 50 rows do not fill its tiles.
         if len(kernel) == d:
             x = matmul(x, kernel) + bias

@@ -19,6 +19,7 @@ from dinov2_jax.models.layers import (
     ffn_hidden_dim,
     gelu,
 )
+from dinov2_jax.sharding import make_mesh
 
 
 def test_gelu_is_exact_in_value_and_gradient():
@@ -77,6 +78,20 @@ def test_a_product_on_cpu_has_its_gradients_by_the_wider_product(d, f):
         np.testing.assert_allclose(ours, right, rtol=1e-5, atol=1e-5)
     text = grads.lower(x, kernel).compile().as_text()
     assert re.search(rf"f32\[{min(d, f)},{max(d, f)}\]\S* dot\(", text)
+
+
+def test_a_layer_takes_it_on_one_device_alone():
+    layer, x = TokenDense(3), jnp.ones((2, 5, 4))
+    params = layer.init(jax.random.key(0), x)
+
+    def forward() -> str:
+        return str(jax.make_jaxpr(layer.apply)(params, x))
+
+    assert "cpu_product" in forward()
+    with jax.set_mesh(make_mesh(data=1, fsdp=1, model=1, devices=jax.devices()[:1])):
+        assert "cpu_product" in forward()
+    with jax.set_mesh(make_mesh(data=1, fsdp=2, model=1, devices=jax.devices()[:2])):
+        assert "cpu_product" not in forward()
 
 
 def test_remat_keeps_a_product_on_cpu():
