@@ -66,7 +66,7 @@ def give_back() -> None:
 
 
 def is_left_alone() -> bool:
-    """Whether the C library is not glibc, or its user has set `VARIABLES` (empty, too) or devices."""
+    """Whether the C library is not glibc, or its user set `VARIABLES` (empty, too) or devices."""
     is_set = any(name in os.environ for name in VARIABLES)
     has_devices = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     return is_set or has_devices or platform.libc_ver()[0] != "glibc"
