@@ -54,14 +54,12 @@ def start_ours(config_name: str, overrides: Mapping, folder: str) -> Callable[[]
     """The step that `dinov2_jax.train` runs, with what its configuration chooses by itself."""
     import jax
 
-    from dinov2_jax import host_memory, startup
+    from dinov2_jax import startup
     from dinov2_jax.convert.state_dict import to_reference
     from dinov2_jax.sharding import batch_sharding
 
-    host_memory.compute_on_this_thread()
     config = load(config_name, overrides)
     mesh = startup.build_mesh(config)
-    host_memory.keep_freed_memory(mesh)
     trainer = startup.build_trainer(config, mesh)
     # Of the middle of the run: nothing is frozen or warming up.
     hyper = trainer.schedules.at(config.total_steps // 2)
@@ -77,7 +75,6 @@ def start_ours(config_name: str, overrides: Mapping, folder: str) -> Callable[[]
     with jax.set_mesh(mesh):
         batch = jax.device_put(batch, batch_sharding(mesh))
         train_step = trainer.train_step.lower(state, batch, hyper).compile()
-    host_memory.give_back()
 
     def step() -> Terms:
         nonlocal state
@@ -99,12 +96,10 @@ def start_reference(
     from dinov2.models.vision_transformer import Block
 
     from benchmarks.inference import sdpa_attention
-    from dinov2_jax import host_memory
     from tests.reference.torch_step import TorchStep
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # inside the reference
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    host_memory.keep_all()  # as ours
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )

@@ -4,9 +4,8 @@
     reference       the modules of the package `dinov2`; its softmax is spelled out without xFormers
     reference+sdpa  the same with torch's scaled_dot_product_attention
 
-Each is a process of its own; float32; `python -m benchmarks.train_step --threads 1`. All keep what
-memory they free, as the trainer does by itself, unless GLIBC_TUNABLES is set (empty, too), see
-`dinov2_jax.host_memory`.
+Each is a process of its own; float32; `python -m benchmarks.train_step --threads 1`. Malloc's
+settings are the system's, or those of GLIBC_TUNABLES, for all of them.
 Ours beside itself: `--contenders ours --variants remat=none drop_path_form=matmul`.
 """
 
@@ -19,7 +18,6 @@ import numpy as np
 
 from benchmarks.contenders import start_ours, start_reference
 from benchmarks.turns import Child, limit_threads, median_ratios, take_turns
-from dinov2_jax.host_memory import is_left_alone
 
 BATCH = {"global_batch_size": 8, "group_size": 8, "mesh.data": 1}
 # 1 instead of 1e-5: what the blocks compute reaches the losses, which are compared.
@@ -90,7 +88,7 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     print(
         f"{options.threads} threads; {options.rounds} turns after a first step; float32; "
-        f"freed memory is {'left to glibc' if is_left_alone() else 'kept'}"
+        f"GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '')!r}"
     )
     for title in options.cases:
         config_name, overrides = CASES[title]

@@ -16,7 +16,6 @@ from einops import rearrange
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dinov2_jax import host_memory
 from dinov2_jax.augment import normalize
 from dinov2_jax.data.batch import Batch
 from dinov2_jax.data.image_ops import decode, resize_center_crop
@@ -182,19 +181,11 @@ def build_evaluation(config, trainer: Trainer) -> InRunEvaluation | None:
 def evaluate_with_baselines(
     evaluation: InRunEvaluation | None,
 ) -> Callable[[Any, int], dict[str, float]] | None:
-    """(teacher, step) -> accuracies; at step 0 with the baselines beside them.
-
-    What it needs of memory beyond a step's is given back.
-    """
+    """(teacher, step) -> accuracies; at step 0 with the baselines beside them."""
     if evaluation is None:
         return None
 
     def evaluate(teacher: Any, step: int) -> dict[str, float]:
-        values = measure(teacher, step)
-        host_memory.give_back()
-        return values
-
-    def measure(teacher: Any, step: int) -> dict[str, float]:
         if step > 0:
             return evaluation(teacher["backbone"])
         values = evaluation.baselines(teacher["backbone"])

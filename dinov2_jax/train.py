@@ -18,7 +18,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from dinov2_jax import compiler, distributed, host_memory, inputs, preview, report, startup
+from dinov2_jax import compiler, distributed, inputs, preview, report, startup, workload
 from dinov2_jax import config as config_lib
 from dinov2_jax import metrics as metrics_lib
 from dinov2_jax.checkpoints import Checkpoints, KeepPolicy
@@ -50,7 +50,6 @@ from dinov2_jax.workdir import (
     open_workdir,
     workdir_path,
 )
-from dinov2_jax.workload import measure
 
 STOPPED = 1
 NO_SPACE = (
@@ -95,12 +94,14 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
     goodput = Goodput()
     distributed.check_same("configuration", config_lib.to_json(config))
     check_shared(workdir)
-    kept = config.checkpoints
-    keep = KeepPolicy(last=kept.keep_last, every_steps=kept.keep_every_steps)
+    keep = KeepPolicy(
+        last=config.checkpoints.keep_last, every_steps=config.checkpoints.keep_every_steps
+    )
     with contextlib.ExitStack() as stack:
         end = functools.partial(end_all, disk_full=NO_SPACE.format(workdir))
-        checkpoints = Checkpoints(workdir / "checkpoints", keep, on_failure=end)
-        stack.enter_context(checkpoints)
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir / "checkpoints", keep, on_failure=end)
+        )
         if checkpoints.steps():
             check_unchanged(workdir, config, allow=flags.allow_config_change, say=say)
             if checkpoints.steps()[-1] >= config.total_steps:
@@ -117,7 +118,6 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
         )
         stack.callback(bad_images.flush)
         mesh = startup.build_mesh(config)
-        host_memory.keep_freed_memory(mesh)
         stack.enter_context(jax.set_mesh(mesh))
         trainer = startup.build_trainer(config, mesh)
         evaluation = distributed.together(lambda: inputs.build_evaluation(config, trainer))
@@ -180,7 +180,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
             schedules=trainer.schedules,
             feed=feed,
             images_per_step=config.global_batch_size,
-            speed=measure(config, trainer),
+            speed=workload.measure(config, trainer),
             goodput=goodput,
             rhythm=rhythm,
             limits=Limits(
@@ -245,11 +245,11 @@ def compile_step(
     started = time.perf_counter()
     with goodput.spent_on("compile"):
         compiled = trainer.train_step.lower(state, batch, trainer.schedules.at(step)).compile()
-    host_memory.give_back()
-    memory, text = compiled.memory_analysis(), ""
+    text = f"compiled the step in {format_secs(time.perf_counter() - started)}"
+    memory = compiled.memory_analysis()
     if memory is not None:
-        text = f"; it needs {report.megabytes(memory.temp_size_in_bytes)} beside the state"
-    say(f"compiled the step in {format_secs(time.perf_counter() - started)}{text}")
+        text += f"; it needs {report.megabytes(memory.temp_size_in_bytes)} beside the state"
+    say(text)
     return compiled
 
 
@@ -296,5 +296,4 @@ def finish(config, loop: Loop, trainer: startup.Trainer, source) -> None:
 
 
 if __name__ == "__main__":
-    host_memory.compute_on_this_thread()
     sys.exit(main())
