@@ -52,6 +52,11 @@ def make_batch(config) -> dict[str, np.ndarray]:
 
 def start_ours(config_name: str, overrides: Mapping, folder: str) -> Callable[[], Terms]:
     """The step that `dinov2_jax.train` runs, with what its configuration chooses by itself."""
+    return build_ours(config_name, overrides, folder)[1]
+
+
+def build_ours(config_name: str, overrides: Mapping, folder: str) -> tuple:
+    """The compiled program of `start_ours`, and its step."""
     import jax
 
     from dinov2_jax import startup
@@ -81,7 +86,7 @@ def start_ours(config_name: str, overrides: Mapping, folder: str) -> Callable[[]
         state, metrics = train_step(state, batch, hyper)
         return {name: float(value) for name, value in metrics.items()}
 
-    return step
+    return train_step, step
 
 
 def start_reference(

@@ -251,7 +251,6 @@ class Loop:
         """What is due after `self.step` updates. Before the first step: an evaluation only."""
         step, rhythm = self.step, self.rhythm
         due = [name for name in ("evaluate", "teacher", "checkpoint") if rhythm.is_due(name, step)]
-        # A run that was stopped right after its checkpoint owes the evaluation of that step.
         if self.evaluate is None or self.books["evaluated_step"] == step:
             due = [name for name in due if name != "evaluate"]
         if not due:
@@ -259,13 +258,14 @@ class Loop:
         self._settle(0)
         if self.exchange.stop and step < rhythm.total:
             return  # heard of only now; all of it is still owed after the resume
+        # Saved first: a run that is killed in a long evaluation resumes here, and owes that alone.
+        if "checkpoint" in due and step < rhythm.total:
+            self.save()
         if "evaluate" in due:
             self._evaluate()
         if "teacher" in due:
             with self.goodput.spent_on("checkpoint"):
                 self.write_teacher(self.state.teacher, self.step)
-        if "checkpoint" in due and step < rhythm.total:
-            self.save()
         self._restart_clock()
 
     def _evaluate(self) -> None:

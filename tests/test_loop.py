@@ -1,5 +1,6 @@
 """The loop with parts that do nothing; with real ones the command is tested (test_train.py)."""
 
+import copy
 import dataclasses
 import json
 import types
@@ -100,6 +101,32 @@ def test_a_signal_before_stops_without_an_evaluation(monkeypatch, processes):
     assert not loop.run()
     assert loop.step == 2 and ("evaluate", 1) in calls and ("write", 2) in calls
     assert ("evaluate", 2) not in calls and ("teacher", 2) not in calls
+
+
+def test_a_kill_during_an_evaluation_loses_no_step():
+    """The checkpoint of the same step is begun before; what resumes from it owes the evaluation."""
+    calls = []
+
+    def evaluate(teacher, step):
+        calls.append(("evaluate", step))
+        if step == 2:
+            raise KeyboardInterrupt
+        return {"knn/x/cls": 0.5}
+
+    loop = _loop(calls, stop_at=-1, every=2, evaluate=evaluate)
+    saved = {}
+    loop.rhythm = dataclasses.replace(loop.rhythm, checkpoint=2)
+    loop.checkpoints = types.SimpleNamespace(
+        save=lambda step, state, books: saved.update(step=step, books=copy.deepcopy(books))
+    )
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    assert saved["step"] == 2 and saved["books"]["evaluated_step"] == 0
+    resumed = _loop(calls, stop_at=-1, every=2)
+    resumed.step, resumed.books = saved["step"], saved["books"]
+    calls.clear()
+    resumed.run()
+    assert [call for call in calls if call[0] == "evaluate"] == [("evaluate", 2), ("evaluate", 3)]
 
 
 def test_an_evaluation_that_cannot_be_done_stops_the_run_in_one_line():
