@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dinov2_jax.distributed import HostError, LostHostError, on_primary, together
+from dinov2_jax.distributed import HostError, LostHostError, check_same, on_primary, together
 from dinov2_jax.faults import PassingFault, may_pass
 from dinov2_jax.storage import is_url, move
 
@@ -106,6 +106,9 @@ class Checkpoints:
           keep: which steps stay; asked after every save.
           on_failure: called at once, in another thread, with what a write in the background fails
             of on this process; `save` and `wait` raise it when all processes know of it.
+
+        Raises:
+          LostHostError: the processes do not find the same steps there.
         """
         # Orbax logs every phase of every save, and each error once more with its traceback; all
         # errors are raised by `save`, `wait` or leaving the context.
@@ -123,7 +126,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
         )
-        return ocp.CheckpointManager(
+        manager = ocp.CheckpointManager(
             self.directory,
             options=options,
             item_handlers={
@@ -131,6 +134,14 @@ class Checkpoints:
                 HOST: _telling(ocp.JsonCheckpointHandler(), self._on_failure),
             },
         )
+        try:
+            check_same("list of checkpoints", f"{sorted(manager.all_steps())}")
+        except HostError as error:  # a shared disk may show a host what was there a moment ago
+            raise LostHostError(
+                f"not all hosts see the same checkpoints in {self.directory}; if that is one "
+                "folder for all, this passes: run the same command again"
+            ) from error
+        return manager
 
     def __enter__(self) -> "Checkpoints":
         return self

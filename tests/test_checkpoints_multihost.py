@@ -33,7 +33,9 @@ def no_answer(*_, **__):
 def out_of_memory(*_, **__):
     raise ValueError("RESOURCE_EXHAUSTED: Out of memory")
 
-if jax.process_index() == 1 and action in globals():
+if jax.process_index() == 1 and action == "late":
+    ocp.CheckpointManager.all_steps = lambda self: [1]
+elif jax.process_index() == 1 and action in globals():
     ocp.StandardCheckpointHandler.restore = globals()[action]
 try:
     with Checkpoints(directory, KeepPolicy(last=3)) as checkpoints:
@@ -86,3 +88,11 @@ def test_all_end_where_one_may_read_it_later(directory, action, reason):
     assert re.search("error: process 0: .*checkpoint 2", said[0])
     assert not [text for text in said if "Traceback" in text or "restored" in text]
     assert sorted(path.name for path in directory.iterdir()) == ["1", "2"]
+
+
+def test_all_end_where_one_does_not_see_the_newest(directory):
+    codes, said = run_two(PROGRAM, str(directory), "late")
+    assert codes == [1, 1], said
+    for text in said:
+        assert f"not all hosts see the same checkpoints in {directory}" in text
+        assert "restored" not in text
