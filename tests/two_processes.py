@@ -33,4 +33,6 @@ def run_two(program: str, *arguments: str) -> tuple[list[int], list[str]]:
     finally:
         for process in processes:
             process.kill()
+            process.wait()
+            process.stdout.close()
     return [process.returncode for process in processes], said
