@@ -18,13 +18,18 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dinov2_jax.distributed import on_primary, together
+from dinov2_jax.distributed import HostError, LostHostError, check_same, on_primary, together
+from dinov2_jax.faults import PassingFault, may_pass
 from dinov2_jax.storage import is_url, move
 
 STATE, HOST = "state", "host"
 # Where a step that cannot be read is moved, out of the way of a new one of the same number. Beside
 # the directory: in it, Orbax removes at gs:// all that it did not complete itself.
 UNREADABLE = "_unreadable"
+
+
+class _Unreadable(ValueError):
+    """A step that is damaged, or of another tree."""
 
 
 @dataclasses.dataclass
@@ -101,6 +106,9 @@ class Checkpoints:
           keep: which steps stay; asked after every save.
           on_failure: called at once, in another thread, with what a write in the background fails
             of on this process; `save` and `wait` raise it when all processes know of it.
+
+        Raises:
+          LostHostError: the processes do not find the same steps there.
         """
         # Orbax logs every phase of every save, and each error once more with its traceback; all
         # errors are raised by `save`, `wait` or leaving the context.
@@ -118,7 +126,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
         )
-        return ocp.CheckpointManager(
+        manager = ocp.CheckpointManager(
             self.directory,
             options=options,
             item_handlers={
@@ -126,6 +134,14 @@ class Checkpoints:
                 HOST: _telling(ocp.JsonCheckpointHandler(), self._on_failure),
             },
         )
+        try:
+            check_same("list of checkpoints", f"{sorted(manager.all_steps())}")
+        except HostError as error:  # a shared disk may show a host what was there a moment ago
+            raise LostHostError(
+                f"not all hosts see the same checkpoints in {self.directory}; if that is one "
+                "folder for all, this passes: run the same command again"
+            ) from error
+        return manager
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -185,11 +201,12 @@ class Checkpoints:
         """Restores the newest checkpoint that can be read.
 
         Steps that cannot be read (a disk error, a directory half deleted) are moved to
-        `checkpoints_unreadable/`, so that nothing is lost and their numbers are free again.
+        `checkpoints_unreadable/`, so that nothing is lost and their numbers are free again. Of
+        several processes, all restore the same step.
 
         Args:
           abstract_state: `jax.ShapeDtypeStruct`s, each with the sharding to restore onto.
-          warn: told about every step that cannot be read.
+          warn: told about every step that cannot be read, on each process what it knows.
 
         Returns:
           (step, state, host), or None if there is no checkpoint.
@@ -197,6 +214,8 @@ class Checkpoints:
         Raises:
           ValueError: there are checkpoints and none can be read, or the newest holds another
             tree than `abstract_state` (another model, or another version).
+          PassingFault: a step may be whole but cannot be read now: no answer, too little memory;
+            `LostHostError` where that happened on another process.
         """
         failures = []
         wanted = ocp.args.Composite(
@@ -208,12 +227,12 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 # A step that one process cannot read is no step for any of them.
-                restored = together(lambda step=step: self._manager.restore(step, args=wanted))
-            # Orbax and TensorStore raise many kinds; the newest step that loads is what counts.
-            except Exception as error:
-                reason = " ".join(str(error).split())[:300]
-                failures.append((step, reason))
-                warn(f"checkpoint {step} cannot be read ({reason})")
+                restored = together(lambda step=step: self._read(step, wanted))
+            except LostHostError as error:
+                raise LostHostError(f"checkpoint {step}: {error}") from error
+            except (_Unreadable, HostError) as error:
+                failures.append((step, str(error)))
+                warn(f"checkpoint {step} cannot be read ({error})")
                 continue
             self._set_aside([failed for failed, _ in failures])
             return step, restored[STATE], restored[HOST]
@@ -224,6 +243,33 @@ class Checkpoints:
                 f"that wrote them. The newest says: {failures[0][1]}"
             )
         return None
+
+    def _read(self, step: int, wanted: ocp.args.Composite) -> Any:
+        """Reads a step, or this process's part of it.
+
+        Raises:
+          PassingFault: by what may pass.
+          _Unreadable: by anything else.
+        """
+        own = jax.process_index()
+        handlers = {STATE: ocp.StandardCheckpointHandler(), HOST: ocp.JsonCheckpointHandler()}
+        # For itself: at the end of a restore of all Orbax waits for them, those who failed too.
+        alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+        try:
+            with ocp.Checkpointer(
+                ocp.CompositeCheckpointHandler(**handlers), multiprocessing_options=alone
+            ) as reader:
+                return reader.restore(self.directory / str(step), args=wanted)
+        # Orbax and TensorStore raise many kinds; the newest step that loads is what counts.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            if may_pass(error):
+                raise PassingFault(
+                    f"checkpoint {step} in {self.directory} cannot be read now ({reason}); run "
+                    "the same command again, or, if it stays so, move that folder to "
+                    f"{self.directory}{UNREADABLE} to go on from the step before"
+                ) from error
+            raise _Unreadable(reason) from error
 
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:

@@ -25,6 +25,7 @@ from dinov2_jax.data.records import BadImage, DataError, Source
 from dinov2_jax.data.sources import open_mixture, open_source
 from dinov2_jax.distributed import check_same, is_primary, together
 from dinov2_jax.evals.in_run import InRunEvaluation, crop_identity, labelled_knn
+from dinov2_jax.faults import PassingFault
 from dinov2_jax.sharding import host_groups
 from dinov2_jax.startup import Trainer, as_config_error, build_augment
 from dinov2_jax.startup_heads import build_masks
@@ -40,8 +41,8 @@ def of_key(key: str) -> Iterator[None]:
     """Names the key whose source cannot be opened: what opens it knows no keys."""
     try:
         yield
-    except DataError as error:
-        raise DataError(f"{key}: {error}") from error
+    except (DataError, PassingFault) as error:
+        raise type(error)(f"{key}: {error}") from error
 
 
 def open_data(config) -> Source:
@@ -49,6 +50,7 @@ def open_data(config) -> Source:
 
     Raises:
       DataError: there is nothing usable at data.path or in data.mixture.
+      PassingFault: its store cannot be reached now.
     """
     if config.data.mixture:
         with of_key("data.mixture"):
@@ -135,6 +137,7 @@ def build_evaluation(config, trainer: Trainer) -> InRunEvaluation | None:
     Raises:
       ConfigError: its sources do not allow what is asked.
       DataError: there is nothing usable at eval.bank_path or eval.query_path.
+      PassingFault: their store cannot be reached now.
     """
     settings = config.eval
     if settings.kind == "none":

@@ -65,7 +65,7 @@ def check_access(workdir: epath.Path, *, probe: str) -> None:
     By every client that will: Orbax's drivers have logins and endpoints of their own.
 
     Raises:
-      StoreError: it may not.
+      StoreError: it may not; whether that may pass, its cause says (`faults.may_pass`).
     """
     kind, _, path = str(workdir).partition("://")
     try:

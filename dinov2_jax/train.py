@@ -1,9 +1,9 @@
 """Trains a DINOv2 model: `python -m dinov2_jax.train --config=configs/quickstart.py`.
 
 The door: reads the flags and the configuration, builds the rooms, and opens them to the loop. Run
-the same command again to go on from the last checkpoint. Exit codes: 0 finished (or finished
-before), 1 stopped by a guard, a full disk or hosts that did not come, 2 wrong configuration, data
-or workdir, 143 and 130 saved and stopped after SIGTERM and SIGINT (a second: without saving).
+the same command again to go on from the last checkpoint. Exit codes: 0 finished (or before), 1
+stopped by a guard, a full disk, a store out of reach or hosts that did not come, 2 wrong config,
+data or workdir, 143 and 130 saved and stopped after SIGTERM and SIGINT (a second: without saving).
 """
 
 import argparse
@@ -18,7 +18,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from dinov2_jax import compiler, distributed, inputs, preview, report, startup, workload
+from dinov2_jax import compiler, distributed, faults, inputs, preview, report, startup, workload
 from dinov2_jax import config as config_lib
 from dinov2_jax import metrics as metrics_lib
 from dinov2_jax.checkpoints import Checkpoints, KeepPolicy
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with contextlib.ExitStack() as stack:
                 distributed.on_primary(lambda: stack.enter_context(open_workdir(workdir)))
                 return train(config, flags, workdir, signals)
-    except (StopRun, distributed.LostHostError) as error:
+    except (StopRun, distributed.LostHostError, faults.PassingFault) as error:
         return fail(error, STOPPED)
     except (ConfigError, DataError, WorkdirError, distributed.HostError) as error:
         return fail(error, WRONG_INPUT)
@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopSignals) -> int:
     """Starts or resumes the run of a workdir; returns the exit code. Every process calls it."""
     is_primary = distributed.is_primary()
-    say = functools.partial(print, flush=True) if is_primary else lambda *_: None
+    tell = functools.partial(print, flush=True)
+    say = tell if is_primary else lambda *_: None
     goodput = Goodput()
     distributed.check_same("configuration", config_lib.to_json(config))
     check_shared(workdir)
@@ -132,7 +133,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
         for line in preview.warnings(config, trainer, num_images=len(source)):
             say(line)
         try:
-            restored = checkpoints.restore_latest(trainer.abstract_state, warn=say)
+            restored = checkpoints.restore_latest(trainer.abstract_state, warn=tell)
         except ValueError as error:
             raise WorkdirError(
                 f"{error}; if the model was changed, set its keys back as {workdir / CONFIG_FILE} "

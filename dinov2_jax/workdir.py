@@ -19,6 +19,7 @@ from dinov2_jax import object_stores
 from dinov2_jax.config import compare_configs
 from dinov2_jax.data.records import DataError, too_many_bad
 from dinov2_jax.distributed import check_same
+from dinov2_jax.faults import refusal
 from dinov2_jax.storage import GrowingFile, is_url
 
 CONFIG_FILE = "config.json"
@@ -54,13 +55,14 @@ def open_workdir(path: epath.PathLike) -> Iterator[epath.Path]:
 
     Raises:
       WorkdirError: it cannot be created or written, or another run holds it.
+      PassingFault: it cannot be reached now.
     """
     workdir = epath.Path(path)
     if is_url(workdir):
         try:
             object_stores.check_access(workdir, probe=LOCK_FILE)
         except object_stores.StoreError as error:
-            raise WorkdirError(f"--workdir={workdir} {error}") from error
+            raise refusal(WorkdirError, f"--workdir={workdir} {error}", cause=error) from error
         yield workdir
         return
     lock = None
@@ -83,9 +85,8 @@ def open_workdir(path: epath.PathLike) -> Iterator[epath.Path]:
     except OSError as error:
         if lock is not None:
             lock.close()
-        raise WorkdirError(
-            f"--workdir={workdir} cannot be written ({error.strerror or error}); choose another"
-        ) from error
+        text = f"--workdir={workdir} cannot be written ({error.strerror or error}); choose another"
+        raise refusal(WorkdirError, text, cause=error) from error
     try:
         yield workdir
     finally:
@@ -121,14 +122,16 @@ def check_unchanged(
 
     Raises:
       WorkdirError: a result-changing key differs and `allow` is False.
+      PassingFault: the workdir cannot be reached now.
     """
     try:
         old = json.loads((workdir / CONFIG_FILE).read_text())
     except (OSError, ValueError) as error:
-        raise WorkdirError(
+        text = (
             f"{workdir / CONFIG_FILE} cannot be read ({error}), so what this run was started with "
             "is unknown; restore the file, or choose another --workdir"
-        ) from error
+        )
+        raise refusal(WorkdirError, text, cause=error) from error
     differences = compare_configs(old, config)
     if not differences:
         return

@@ -1,9 +1,5 @@
 """One process that fails ends all, each with its line and the same code, and keeps nobody up."""
 
-import os
-import socket
-import subprocess
-import sys
 import threading
 import types
 
@@ -11,7 +7,7 @@ import jax
 import pytest
 
 from dinov2_jax import alarm
-from dinov2_jax.config import REPOSITORY
+from tests.two_processes import run_two
 
 TWO_PROCESSES = """
 import sys
@@ -39,29 +35,8 @@ sys.exit(commands.run_command(run))
     ],
 )
 def test_one_that_fails_alone_ends_the_other_that_waits_in_its_devices(failing, error, code, why):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = os.environ | {
-        "PYTHONPATH": str(REPOSITORY),
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, failing, error],
-            env=environment | {"JAX_PROCESS_ID": index},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in "01"
-    ]
-    try:
-        said = [process.communicate(timeout=100)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [code, code], said
+    codes, said = run_two(TWO_PROCESSES, failing, error)
+    assert codes == [code, code], said
     own, other = (said[int(failing)], said[1 - int(failing)])
     assert f"error: process {failing}: {why}\n" in own
     assert own.count("Traceback") == (error == "mistake")

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dinov2_jax.checkpoints import Checkpoints, KeepPolicy, abstract_like
 from dinov2_jax.config import REPOSITORY
+from dinov2_jax.faults import PassingFault
 from dinov2_jax.sharding import make_mesh
 
 
@@ -197,6 +198,32 @@ def test_a_damaged_newest_step_falls_back_to_the_one_before(tmp_path, damage):
         assert checkpoints.restore_latest(_abstract(), warn=_fail)[2] == {"step": "again"}
     assert (tmp_path / "checkpoints_unreadable" / "2").is_dir()
     assert not (directory / "7.orbax-checkpoint-tmp").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionError("reset"), MemoryError(), ValueError("ABORTED: All 32 retry attempts failed")],
+)
+def test_a_fault_that_may_pass_is_no_damage(tmp_path, monkeypatch, error):
+    """The step before would load: it must not be gone back to."""
+    with Checkpoints(tmp_path, KeepPolicy(last=3)) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, _state(step), {})
+        checkpoints.wait()
+        handler = ocp.StandardCheckpointHandler
+        restore = handler.restore
+
+        def fail_at_2(self, directory, *args, **kwargs):
+            if directory.parent.name == "2":
+                raise error
+            return restore(self, directory, *args, **kwargs)
+
+        monkeypatch.setattr(handler, "restore", fail_at_2)
+        with pytest.raises(PassingFault, match=r"checkpoint 2 in .*; run the same command again"):
+            checkpoints.restore_latest(_abstract(), warn=_fail)
+        monkeypatch.setattr(handler, "restore", restore)
+        assert checkpoints.restore_latest(_abstract(), warn=_fail)[0] == 2
+    assert not (tmp_path.with_name(tmp_path.name + "_unreadable")).exists()
 
 
 def test_another_tree_is_an_error_that_names_the_directory(tmp_path):

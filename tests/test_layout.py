@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the inside out: a file imports from its own level and those before it only. A name stands
 # for a file, or for a whole room.
 LEVELS = (
-    ("data", "cost", "beside", "arguments"),
+    ("data", "cost", "beside", "arguments", "faults"),
     (
         "losses",
         "optim",

@@ -7,6 +7,7 @@ from orbax.checkpoint._src.path import atomicity_defaults, gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from dinov2_jax import object_stores
+from dinov2_jax.faults import PassingFault
 from dinov2_jax.object_stores import StoreError, check_access, s3_driver
 from dinov2_jax.workdir import WorkdirError, open_workdir
 
@@ -43,7 +44,7 @@ def test_a_store_that_only_one_client_reaches_is_refused(buckets, tmp_path, monk
     check_access(workdir, probe=".lock")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     with pytest.raises(
-        WorkdirError, match=r"cannot be used \(.*127.0.0.1 port 9.*AWS_ENDPOINT_URL"
+        PassingFault, match=r"cannot be used \(.*127.0.0.1 port 9.*AWS_ENDPOINT_URL"
     ):
         with open_workdir(workdir):
             pass
@@ -58,6 +59,23 @@ def test_nothing_may_be_deleted_is_found_before_the_first_step(any_bucket, tmp_p
     monkeypatch.setattr(type(workdir), "unlink", refuse)
     with pytest.raises(StoreError, match=r"PermissionError: Access Denied.*[dD]elete|objects\.\*"):
         check_access(workdir, probe=".lock")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(TimeoutError("no answer"), PassingFault), (PermissionError("denied"), WorkdirError)],
+)
+def test_a_store_that_does_not_answer_may_later(any_bucket, tmp_path, monkeypatch, error, kind):
+    """Restarted (exit code 1), where a refusal is not (2)."""
+    workdir = epath.Path(any_bucket) / tmp_path.name
+
+    def fail(self, text):
+        raise error
+
+    monkeypatch.setattr(type(workdir), "write_text", fail)
+    with pytest.raises(kind, match=f"cannot be used .*{error}.*create the bucket"):
+        with open_workdir(workdir):
+            pass
 
 
 @pytest.mark.parametrize(

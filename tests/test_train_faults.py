@@ -3,13 +3,17 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 
+import fsspec
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
 from dinov2_jax import distributed, inputs, train
+from dinov2_jax.data import files
 from dinov2_jax.metrics import read_metrics
 from tests.small_run import after_line, repeatable, run
 
@@ -171,6 +175,41 @@ def test_wrong_input_is_one_line_and_code_2(tmp_path, capsys, overrides, complai
     assert run(tmp_path / "run", **overrides) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and complaint in error
+
+
+def test_a_store_that_does_not_answer_is_one_line_and_code_1(tmp_path, monkeypatch, capsys):
+    """Code 1 is restarted, see launch/jobset.yaml."""
+
+    def reset(self, path, **kwargs):
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr(files, "PAUSES_SECS", ())
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "info", reset)
+    assert run(tmp_path / "run", data__path="memory://images", eval__kind="none") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: data.path: memory://images cannot be read (Conn")
+    assert error.count("\n") == 1 and "run the same command again" in error
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_code_1_and_stays(
+    finished, tmp_path, monkeypatch, capsys
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    before = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+    def fail(self, *_, **__):
+        raise ValueError(
+            "ABORTED: All 32 retry attempts failed: Unknown [http_response_code='503']"
+        )
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", fail)
+    assert run(workdir) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "error: checkpoint 8 in" in error and "503" in error
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == before
+    assert "8" in before and not (workdir / "checkpoints_unreadable").exists()
 
 
 def test_dry_run_prints_the_table_and_writes_nothing(tmp_path, capsys):

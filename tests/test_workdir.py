@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dinov2_jax.data.records import DataError
+from dinov2_jax.faults import PassingFault
 from dinov2_jax.workdir import (
     BadImages,
     WorkdirError,
@@ -37,6 +38,16 @@ def test_a_file_system_without_locks_is_good_enough(tmp_path, monkeypatch, code,
     refusal = pytest.raises(WorkdirError, match="cannot be written")
     with refusal if is_refused else contextlib.nullcontext(), open_workdir(tmp_path) as workdir:
         assert (workdir / ".lock").read_text()
+
+
+def test_a_file_system_that_may_come_back_is_a_passing_fault(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(PassingFault, match=r"cannot be written .*run the same command again"):
+        with open_workdir(tmp_path):
+            pass
 
 
 def test_one_below_a_file_cannot_be_written(tmp_path):

@@ -22,6 +22,7 @@ from dinov2_jax.data.records import (
     folder_labels,
     require_images,
 )
+from dinov2_jax.faults import refusal
 
 _NUM_FOLDERS_AT_A_TIME = 16
 
@@ -112,7 +113,8 @@ def open_list(path: str, files: Disk | Store = DISK) -> Source:
     try:
         content = io.BytesIO(files.read(path))
     except OSError as error:
-        raise DataError(f"cannot read the list {path}: {error.strerror}") from error
+        text = f"cannot read the list {path}: {error.strerror}"
+        raise refusal(DataError, text, cause=error) from error
     lines = [line.rstrip("\n") for line in io.TextIOWrapper(content, "utf-8", "surrogateescape")]
     root = os.path.dirname(path)
     found, labels, folder_index = _Found(), [], {}

@@ -16,6 +16,7 @@ from dinov2_jax.beside import written_beside
 from dinov2_jax.data.array_record import encode_record
 from dinov2_jax.data.records import BadImage, DataError, Source
 from dinov2_jax.data.sources import open_source
+from dinov2_jax.faults import PassingFault
 
 
 def pack(source: Source, out: str, *, num_shards: int) -> list[tuple[str, str]]:
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         source = open_source(options.source)
         print(source.describe())
         left_out = pack(source, options.out, num_shards=options.shards)
-    except DataError as error:
+    except (DataError, PassingFault) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for name, reason in source.rejected + left_out:

@@ -12,6 +12,7 @@ from dinov2_jax.data.mixture import Mixture
 from dinov2_jax.data.photos import PhotosSource
 from dinov2_jax.data.records import BadImage, DataError, Record, Source
 from dinov2_jax.data.tar import TarSource
+from dinov2_jax.faults import PassingFault, refusal
 
 __all__ = ["BadImage", "DataError", "Record", "Source", "open_mixture", "open_source"]
 
@@ -36,6 +37,7 @@ def open_source(path: str) -> Source:
 
     Raises:
       DataError: nothing there, nothing usable there, or a package is missing.
+      PassingFault: the store cannot be reached now.
     """
     if not path:
         raise DataError(f"the path is empty; it must be {_KINDS}")
@@ -49,8 +51,11 @@ def open_source(path: str) -> Source:
         return _open(os.path.expanduser(path), DISK)
     try:
         return _open(path.rstrip("/"), Store(path))
+    except PassingFault:  # says what it is
+        raise
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check its access") from error
+        text = f"{path} cannot be read ({error.strerror}); check its access"
+        raise refusal(DataError, text, cause=error) from error
 
 
 def _open(path: str, files: Disk | Store) -> Source:
@@ -91,7 +96,7 @@ def open_mixture(mixture: tuple[tuple[str, float], ...]) -> Mixture:
       mixture: (path, weight) pairs; weights are positive and need not sum to 1.
 
     Raises:
-      DataError: as `open_source`, or a weight that is not positive.
+      DataError, PassingFault: as `open_source`; DataError: a weight that is not positive.
     """
     return Mixture([open_source(path) for path, _ in mixture], [weight for _, weight in mixture])
 

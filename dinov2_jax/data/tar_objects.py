@@ -18,6 +18,7 @@ import random
 from dinov2_jax.beside import written_beside
 from dinov2_jax.data.files import DISK, Store
 from dinov2_jax.data.tar_index import ShardIndex, index_tar
+from dinov2_jax.faults import may_pass
 
 VARIABLE = "DINOV2_JAX_TAR_INDEX"
 CHUNK_BYTES = 2**24
@@ -50,6 +51,7 @@ def index_objects(shards: list[str], store: Store) -> list[ShardIndex]:
 
     Raises:
       DataError: a shard is compressed.
+      OSError: a shard cannot be read now, by what may pass.
     """
     cache = _Cache()
     order = list(range(len(shards)))
@@ -75,6 +77,8 @@ def _index(shard: str, store: Store, cache: "_Cache") -> ShardIndex:
             cache.put(key, index)
         return index
     except OSError as error:
+        if may_pass(error):  # without the shard it would be another data set
+            raise
         return ShardIndex(rejected=[(shard, error.strerror or "unreadable")])
 
 

@@ -7,8 +7,9 @@ import pytest
 
 from dinov2_jax.data.mixture import Mixture
 from dinov2_jax.data.order import Order
-from dinov2_jax.data.records import DataError
+from dinov2_jax.data.records import BadImage, DataError
 from dinov2_jax.data.sources import open_source
+from dinov2_jax.faults import PassingFault
 from tests.data.conftest import encode, make_image
 from tests.data.small_batches import Arrays, assert_same, read_batches, records_of
 
@@ -69,6 +70,32 @@ def test_damage_of_every_kind_never_stops_the_pipeline(photo_folder):
 def test_a_source_of_bad_images_only_is_an_error():
     with pytest.raises(DataError, match=r"100 records in a row.*zero bytes.*beginning with array"):
         read_batches(Arrays(bad=range(50)))
+
+
+class Faulty(Arrays):
+    """Some of its records a store does not give, after all tries."""
+
+    def __getitem__(self, index):
+        if index in self._bad:
+            try:
+                raise OSError(5, "EIO") from ConnectionError("reset")
+            except OSError as error:
+                raise BadImage("EIO") from error
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_store_that_is_gone_is_no_wrong_data(num_workers):
+    with pytest.raises(
+        PassingFault, match=r"3 records of arrays .*EIO.*run the same command again"
+    ):
+        read_batches(Faulty(bad=range(50)), num_workers=num_workers)
+
+
+def test_single_records_that_a_store_does_not_give_are_replaced():
+    batches = read_batches(Faulty(bad=(3, 20)))
+    bad = np.concatenate([batch.bad_record for batch in batches])
+    assert set(bad[bad >= 0].tolist()) == {3, 20}
 
 
 def test_a_replacement_comes_from_the_same_part_of_a_mixture():

@@ -1,4 +1,4 @@
-"""Every kind of source at a URL gives what it gives on a disk; faults pass, or are said once."""
+"""Every kind of source at a URL gives what it gives on a disk."""
 
 import io
 import multiprocessing
@@ -11,7 +11,6 @@ import fsspec
 import numpy as np
 import pytest
 
-from dinov2_jax.data import files as files_lib
 from dinov2_jax.data import tar_objects
 from dinov2_jax.data.files import DISK, Store
 from dinov2_jax.data.records import BadImage, DataError, Source
@@ -226,65 +225,6 @@ def test_without_gcsfs_the_pip_line(monkeypatch):
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(DataError, match=r"pip install 'dinov2_jax\[gcs\]'"):
         open_source("gs://bucket/a")
-
-
-class _Refused(Exception):
-    code = 403
-
-
-@pytest.mark.parametrize(
-    ("faults", "calls", "error"),
-    [
-        ([], 1, None),
-        ([ConnectionError("reset")] * 3, 4, None),
-        ([ConnectionError("reset\nby peer")] * 4, 4, "ConnectionError: reset by peer"),
-        ([_Refused("no access")], 1, "no access"),
-        ([OSError("Forbidden: a/b")], 1, "Forbidden"),
-        ([FileNotFoundError("a/b")], 1, "missing"),
-    ],
-)
-def test_a_passing_fault_is_tried_again_and_a_lasting_one_is_a_bad_image(
-    tmp_path, monkeypatch, faults, calls, error
-):
-    pauses = []
-    monkeypatch.setattr(files_lib.time, "sleep", pauses.append)
-    place, image = f"memory://{tmp_path.name}", encode(make_image(0))
-    memory = fsspec.filesystem("memory", use_listings_cache=False)
-    memory.pipe_file(f"{place}/a.jpg", image)
-    source = open_source(place)
-    cat_file, asked = type(memory).cat_file, []
-
-    def faulty(self, url):
-        asked.append(url)
-        if len(asked) <= len(faults):
-            raise faults[len(asked) - 1]
-        return cat_file(self, url)
-
-    monkeypatch.setattr(type(memory), "cat_file", faulty)
-    if error:
-        with pytest.raises(BadImage, match=error):
-            source[0]
-    else:
-        assert source[0].image == image
-    assert len(asked) == calls and pauses == list(files_lib.PAUSES_SECS[: calls - 1])
-
-
-def test_a_folder_that_cannot_be_listed_is_no_smaller_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(files_lib, "PAUSES_SECS", ())
-    memory = fsspec.filesystem("memory")
-    place = f"memory://{tmp_path.name}"
-    for name in ("a/1.jpg", "b/2.jpg"):
-        memory.pipe_file(f"{place}/{name}", encode(make_image(0)))
-    ls = type(memory).ls
-
-    def faulty(self, path, **kwargs):
-        if path.endswith("b"):
-            raise ConnectionError("reset")
-        return ls(self, path, **kwargs)
-
-    monkeypatch.setattr(type(memory), "ls", faulty)
-    with pytest.raises(DataError, match=r"cannot be read \(ConnectionError: reset\)"):
-        open_source(place)
 
 
 def test_a_disk_needs_no_fsspec(photo_folder, monkeypatch):
