@@ -106,6 +106,18 @@ def shard_rows(x: jax.Array, *, last: str | None = None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, *middle, columns))
 
 
+def shard_prototypes(weight: jax.Array) -> jax.Array:
+    """Keeps prototypes `[k, d]` cut over `model` for a product with rows, if the mesh divides them.
+
+    Where `fsdp` cuts rows and prototypes, XLA left to itself gathers over both axes, and then takes
+    its share of `model` again.
+    """
+    model = jax.sharding.get_abstract_mesh().shape.get("model", 1)
+    if model == 1 or weight.shape[0] % model:
+        return weight
+    return jax.lax.with_sharding_constraint(weight, PartitionSpec("model"))
+
+
 def row_shards(*arrays: jax.Array) -> int:
     """Into how many pieces the mesh in use cuts the rows of all arrays; 1 if not those of all."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -13,6 +13,7 @@ from dinov2_jax import compiler
 from dinov2_jax.config_rules import CHOICES
 from dinov2_jax.cost.topology import open_topology
 from dinov2_jax.sharding import make_mesh
+from tests import tiny
 
 
 def test_the_configuration_knows_every_preset():
@@ -30,6 +31,29 @@ def test_auto_is_the_flags_that_this_release_has(monkeypatch):
         monkeypatch.setitem(compiler.PRESETS, "cpu_products", flags)
         assert compiler.compiler_options("auto", platform="cpu") == {}
     compiler._is_known.cache_clear()
+
+
+def test_products_on_cpu_are_those_without_the_preset():
+    """The default on CPU: an experimental library makes the products of values and gradients."""
+    if compiler.choose_preset("auto", platform="cpu") != "cpu_products":
+        pytest.skip("this release of XLA does not know the flag of cpu_products")
+    model = tiny.make_network().backbone
+    images = np.random.default_rng(0).standard_normal((4, *tiny.IMAGE_SHAPE), np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), images)
+
+    def loss(params, images):
+        return jnp.sum(model.apply(params, images).cls ** 3)
+
+    results, programs = [], []
+    for preset in ("", "cpu_products"):
+        options = compiler.compiler_options(preset, platform="cpu")
+        run = jax.jit(jax.value_and_grad(loss), compiler_options=options)
+        run = run.lower(params, images).compile()
+        results.append(jax.tree.leaves(run(params, images)))
+        programs.append(run.as_text())
+    assert programs[0] != programs[1]  # the flag does something
+    for right, ours in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, right, rtol=1e-5, atol=1e-5 * np.abs(right).max())
 
 
 def test_flags_of_gpus_exist():

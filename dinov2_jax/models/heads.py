@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dinov2_jax.models.layers import gelu, kernel_init, torch_uniform_init
-from dinov2_jax.sharding import shard_rows
+from dinov2_jax.sharding import shard_prototypes, shard_rows
 
 
 class DINOHead(nn.Module):
@@ -75,7 +75,7 @@ class Head(NamedTuple):
         """`[k, bottleneck]`: logits are products in its dtype with `bottleneck(features)`."""
         last_layer = self.params["last_layer"]
         weight = weight_norm(last_layer["weight_v"], last_layer["weight_g"])
-        return weight.astype(self.module.dtype)
+        return shard_prototypes(weight.astype(self.module.dtype))
 
     def bottleneck(self, features: jax.Array) -> jax.Array:
         """`[..., d]` to float32 unit vectors `[..., bottleneck]`."""
@@ -130,7 +130,7 @@ def cosine_logits(
     return jnp.einsum(
         "...d,kd->...k",
         x.astype(dtype),
-        weight_norm(weight_v, weight_g).astype(dtype),
+        shard_prototypes(weight_norm(weight_v, weight_g).astype(dtype)),
         preferred_element_type=jnp.float32,
     )
 

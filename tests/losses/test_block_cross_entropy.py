@@ -1,91 +1,33 @@
-"""Cross-entropy in blocks: value, gradients, memory, and the same by kernels and on eight devices.
+"""Cross-entropy in blocks: value and gradients, and the same by kernels and on eight devices.
 
-Kernels are interpreted here; tests/losses/test_prototype_kernels.py compiles them for TPUs.
+Kernels are interpreted here; tests/losses/test_prototype_kernels.py compiles them for TPUs. What
+the programs hold and move: test_prototype_programs.py.
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinov2_jax.losses import block_targets, dino
+from dinov2_jax.losses import block_targets
 from dinov2_jax.losses.block_cross_entropy import block_cross_entropy
-from dinov2_jax.losses.blocks import Layout, choose_layout
+from dinov2_jax.losses.blocks import Layout
 from dinov2_jax.models.heads import cosine_logits, weight_norm
 from dinov2_jax.sharding import make_mesh
 from tests.losses.block_cases import (
     TEMP,
-    cross_entropy,
-    dense_targets,
-    draw_prototypes,
+    block_loss,
+    dense_loss,
+    draw,
     make_prototypes,
+    same,
+    to_crops,
     unit_vectors,
 )
 
-STUDENT_TEMP = 0.1
 TOLERANCE = 1e-5  # float32 sums in another order: of the largest entry, for gradients
-
-
-same = None  # iBOT: a student's row has its own target
-
-
-def to_crops(probs):
-    """DINO: two global and three local crops."""
-    return dino.targets_of_crops(probs, num_local_crops=3)
-
-
-def draw(seed=0, *, row_shape, k, dtype=jnp.float32, assign=same, width=8):
-    """Student and teacher features and prototypes, real rows and the loss weights of rows."""
-    rng = np.random.default_rng(seed)
-    student_shape = row_shape if assign is same else (row_shape[0], 5, row_shape[2])
-    is_real = rng.random(row_shape) < 0.7 if assign is same else np.ones(row_shape, bool)
-    weights = rng.uniform(0, 1, student_shape).astype(np.float32)
-    return dict(
-        student=unit_vectors(rng, *student_shape, width),
-        teacher=unit_vectors(rng, *row_shape, width),
-        student_prototypes=draw_prototypes(rng, k, width, dtype=dtype),
-        teacher_prototypes=draw_prototypes(rng, k, width, dtype=dtype),
-        center=rng.uniform(-0.3, 0.3, k).astype(np.float32),
-        is_real=is_real,
-        weights=weights * is_real if assign is same else weights,
-    )
-
-
-def head_logits(prototypes, features):
-    """As the head's last layer has them, through which the norms are differentiated too."""
-    directions, lengths = prototypes.weight_v, prototypes.weight_g
-    return cosine_logits(features, directions, lengths, dtype=prototypes.dtype)
-
-
-def dense_loss(student, prototypes, case, *, kind, assign, logits=head_logits):
-    teacher_logits = case["teacher_prototypes"].logits(case["teacher"])
-    probs = dense_targets(kind, teacher_logits, center=case["center"], is_real=case["is_real"])
-    loss = cross_entropy(
-        logits(prototypes, student), assign(probs) if assign else probs, STUDENT_TEMP
-    )
-    return (case["weights"] * loss).sum()
-
-
-def block_loss(student, prototypes, case, *, kind, assign, block_size=4, has_kernels=False):
-    teacher, teacher_prototypes = case["teacher"], case["teacher_prototypes"]
-    k, width = prototypes.weight_v.shape
-    layout = choose_layout(
-        teacher.shape[:-1], k, width=width, block_size=block_size, has_kernels=has_kernels
-    )
-    if kind == "softmax_center":
-        targets = block_targets.softmax_center(
-            teacher, teacher_prototypes, case["center"], TEMP, layout=layout
-        )
-    else:
-        targets = block_targets.sinkhorn_knopp(
-            teacher, teacher_prototypes, TEMP, is_real=case["is_real"], num_iters=3, layout=layout
-        )
-    temps = (STUDENT_TEMP, TEMP)
-    loss, entropy = block_cross_entropy(layout, assign, student, prototypes, *targets, temps)
-    return (case["weights"] * loss).sum(), entropy
 
 
 def value_and_grads(function, case, **settings):
@@ -212,25 +154,6 @@ def test_targets_and_temperatures_are_constants():
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
-def memory(k: int, *, row_shape=(2, 40), width=8):
-    """Bytes of temporaries of value and gradients, and of the results."""
-    case = draw(row_shape=row_shape, k=k, width=width)
-    run = functools.partial(block_loss, kind="sinkhorn_knopp", assign=same, block_size=64)
-    run = jax.jit(jax.grad(run, (0, 1), has_aux=True))
-    compiled = run.lower(case["student"], case["student_prototypes"], case).compile()
-    return compiled.memory_analysis()
-
-
-def test_memory_does_not_grow_with_the_prototypes():
-    small, large = memory(4096), memory(32_768)
-    growth = large.temp_size_in_bytes - small.temp_size_in_bytes
-    vector = 4 * (32_768 - 4096)
-    gradient = vector * (8 + 1 + 1)  # of directions and lengths, and zeros for the norms
-    assert large.output_size_in_bytes - small.output_size_in_bytes == gradient
-    # The gradient before it is handed over, and a few vectors [k]. One [rows, k] is 80 vectors.
-    assert growth <= gradient + 4 * vector
-
-
 @pytest.mark.parametrize(
     ("kind", "assign", "row_shape", "k"),
     [
@@ -252,42 +175,6 @@ def test_eight_devices_are_one(kind, assign, row_shape, k, axes, has_kernels):
     with jax.set_mesh(make_mesh(**axes)):
         got = value_and_grads(block_loss, case, has_kernels=has_kernels, **settings)
     assert_same(got, want)
-
-
-def collectives(program: str) -> list[tuple[str, int]]:
-    """Kind and largest result, in elements, of each collective of a compiled program."""
-    found = []
-    pattern = r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\("
-    for result, kind in re.findall(pattern, program):
-        shapes = re.findall(r"\w+\[([\d,]*)\]", result)
-        found.append((kind, max(np.prod([int(n) for n in s.split(",") if n]) for s in shapes)))
-    return found
-
-
-def test_prototypes_stay_where_they_are():
-    """Nothing as large as a device's prototypes moves, but the sum of their gradient over data."""
-    mesh = make_mesh(data=2, fsdp=2, model=2)
-    k, width = 4096, 8
-    case = draw(row_shape=(8, 2), k=k, width=width)
-    stored = jax.NamedSharding(mesh, jax.P(("model", "fsdp")))
-    batch = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
-    shardings = {
-        name: stored if "prototypes" in name or name == "center" else batch for name in case
-    }
-    case = jax.device_put(case, shardings)
-    run = functools.partial(block_loss, kind="sinkhorn_knopp", assign=same, block_size=64)
-    run = jax.jit(jax.grad(run, (0, 1), has_aux=True), out_shardings=((batch, stored), batch))
-    with jax.set_mesh(mesh):
-        args = case["student"], case["student_prototypes"], case
-        program = run.lower(*args).compile().as_text()
-    moved = collectives(program)
-    assert {"all-gather", "all-reduce"} <= {kind for kind, _ in moved}
-    assert not {"all-to-all", "collective-permute"} & {kind for kind, _ in moved}
-    local = k * width // 4
-    assert [kind for kind, size in moved if size >= local] == ["all-reduce"]
-    # Nor are they copied to be cut into blocks.
-    copies = re.findall(r"f32\[([\d,]+)\]\S* (?:copy|transpose)\(", program)
-    assert max([np.prod([int(n) for n in s.split(",")]) for s in copies], default=0) < local
 
 
 def test_logits_of_prototypes_are_the_heads():

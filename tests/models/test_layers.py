@@ -71,7 +71,7 @@ def test_mlp_formula():
 @pytest.mark.parametrize(("d", "f"), [(24, 8), (8, 24), (8, 8)])
 def test_a_product_on_cpu_has_its_gradients_by_the_wider_product(d, f):
     x = jax.random.normal(jax.random.key(0), (50, d))
-    kernel, grad = jax.random.normal(jax.random.key(1), (d, f)), jnp.ones((50, f))
+    kernel, grad = (jax.random.normal(jax.random.key(i), n) for i, n in ((1, (d, f)), (2, (50, f))))
     grads = jax.jit(lambda x, kernel: jax.vjp(cpu_product, x, kernel)[1](grad))
     np.testing.assert_allclose(cpu_product(x, kernel), x @ kernel, rtol=1e-6)
     for ours, right in zip(grads(x, kernel), (grad @ kernel.T, x.T @ grad), strict=True):

@@ -1,0 +1,55 @@
+"""The GPU's figures: every row is a configuration, and rows come out on a machine without one."""
+
+import re
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.contenders import load
+from tests.data.conftest import encode, make_image
+from tests.small_run import SHRINK
+
+
+@pytest.fixture
+def run(cache, monkeypatch, capsys, tmp_path):
+    """The command with one step a row on four small images; returns the lines it prints."""
+    # Enough prototypes for a state of some MB.
+    monkeypatch.setattr(gpu, "TINY", SHRINK | {"dino.num_prototypes": 16_384})
+    for i in range(4):
+        (tmp_path / f"{i}.jpg").write_bytes(encode(make_image(i)))
+
+    def main(*arguments: str) -> list[str]:
+        sizes = ["--tiny", "--models", "S", "--steps", "1", "--workers", "0"]
+        command = ["gpu", *sizes, "--data", str(tmp_path), *arguments]
+        monkeypatch.setattr("sys.argv", command)
+        gpu.main()
+        return capsys.readouterr().out.splitlines()
+
+    return main
+
+
+@pytest.mark.parametrize("variant", gpu.VARIANTS)
+@pytest.mark.parametrize("model", gpu.MODELS)
+def test_every_row_is_a_configuration(model, variant):
+    config_name, batch_size = gpu.MODELS[model]
+    overrides = {"global_batch_size": batch_size, "group_size": batch_size} | gpu.PROTOTYPES
+    config = load(config_name, overrides | gpu.VARIANTS[variant])
+    assert config.dino.num_prototypes == config.ibot.num_prototypes == 65_536
+    assert all(str(config[key]) == value for key, value in gpu.VARIANTS[variant].items())
+
+
+def test_a_row_has_its_figures_and_what_is_not_here_says_so(run):
+    header, row, wait, missing = run("--variants", "default", "attention=cudnn")
+    assert header.endswith("cpu, 1 steps a row")
+    pattern = r"S default +([\d.]+) ms, +([\d.]+) images/s, no peak known, +(\d+) MB"
+    ms, images_per_sec, memory_mb = map(float, re.fullmatch(pattern, row).groups())
+    assert ms * images_per_sec / 1e3 == pytest.approx(4, rel=0.1)  # the batch, but for rounding
+    assert memory_mb > 0
+    (share,) = re.fullmatch(r"S waits for data ([\d.]+)% of the time", wait).groups()
+    assert 0 <= float(share) <= 100
+    assert re.fullmatch(r"S attention=cudnn +not here: .*cudnn.*", missing)
+
+
+def test_no_row_begins_after_the_limit(run):
+    lines = run("--limit-secs", "-1")
+    assert lines[1:] == ["stopped before S default: -1 s are over"]
