@@ -84,6 +84,15 @@ def build_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
             )
     with as_config_error():
         mesh = sharding.make_mesh(data=sizes[0], fsdp=sizes[1], model=sizes[2], devices=devices)
+    # What they tell each other of a step, image by image, is one array of all.
+    if len(set((shares := sharding.host_shares(mesh)).values())) > 1:
+        raise ConfigError(
+            f"mesh {'x'.join(map(str, mesh.devices.shape))} gives the processes unequal shares of "
+            f"the batch: of its {sharding.batch_shards(mesh)} pieces they hold "
+            f"{', '.join(map(str, shares.values()))}, and each must hold as many; set mesh.data or "
+            "mesh.fsdp to -1 to use all devices, mesh.model to a divisor or a multiple of the "
+            "devices of a process, and start processes of as many devices each"
+        )
     check_groups(
         global_batch_size=config.global_batch_size,
         group_size=config.group_size,
