@@ -121,7 +121,7 @@ def is_lone_tpu(environ: Mapping[str, str]) -> bool:
     """Whether it is clear that a Cloud TPU machine has no others beside it.
 
     It is where the list of hosts is this very machine (Kaggle), and where jax knows no cluster:
-    there is no such list, and no metadata of a TPU or none that may be asked (Colab, a container).
+    there is no such list, and no metadata of a TPU, or none that may be asked (a container).
 
     Args:
       environ: environment variables.

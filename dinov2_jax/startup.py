@@ -70,7 +70,13 @@ def as_config_error():
 def build_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of the configuration; axes that are all given may use a part of the devices.
 
-    `devices`: those of this machine when None; the compile check passes those of a topology.
+    Args:
+      config: of the run.
+      devices: those of this machine when None; the compile check passes those of a topology.
+
+    Raises:
+      ConfigError: the sizes do not fit the devices or the batch, or a process would have no device
+        or another share of the batch than the others.
     """
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.model)
     devices = jax.devices() if devices is None else list(devices)
