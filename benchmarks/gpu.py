@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.contenders import load, make_batch
 from benchmarks.turns import timed
+from dinov2_jax.cost.chips import chip_of
 
 PROTOTYPES = {"dino.num_prototypes": 65_536, "ibot.num_prototypes": 65_536}
 MODELS = {"S": ("vits14", 128), "B": ("vitb14", 64), "L": ("vitl14", 32)}
@@ -32,7 +33,7 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """Of one step; MFU are shares of the peak in bfloat16, None where no peak is known."""
+    """Of one step; MFU are shares of the peak in bfloat16, None where the board is not known."""
 
     step_secs: float
     images_per_sec: float
@@ -41,21 +42,29 @@ class Figures:
     memory_mb: float  # arguments and temporaries, by the compiler's books
 
     def __str__(self) -> str:
-        mfu = "no peak known"
+        mfu = ""
         if self.model_mfu is not None:
-            mfu = f"MFU {self.model_mfu:.1%}, executed {self.executed_mfu:.1%}"
+            mfu = f"MFU {self.model_mfu:.1%}, executed {self.executed_mfu:.1%}, "
         return (
-            f"{1e3 * self.step_secs:8.1f} ms, {self.images_per_sec:7.1f} images/s, {mfu}, "
+            f"{1e3 * self.step_secs:8.1f} ms, {self.images_per_sec:7.1f} images/s, {mfu}"
             f"{self.memory_mb:6.0f} MB"
         )
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Of a GPU's kind such as "NVIDIA H100 80GB HBM3", in bfloat16."""
-    from dinov2_jax.cost.chips import GPUS
+    """A second, of a device such as "NVIDIA H100 80GB HBM3", in bfloat16; None: not known."""
+    chip = chip_of(device_kind)
+    return chip.peak_flops if chip else None
 
-    found = [gpu.chip.peak_flops for name, gpu in GPUS.items() if name in device_kind.lower()]
-    return found[0] if found else None
+
+def mfu_note(device_kind: str) -> str | None:
+    """Why there is no MFU on such a device; None where there is."""
+    if peak_flops(device_kind):
+        return None
+    return (
+        f"no MFU: the peak of {device_kind} is not known, and other boards of its name may have "
+        "another; add it to dinov2_jax/cost/chips.py"
+    )
 
 
 class Step:
@@ -133,7 +142,10 @@ def main() -> None:
     import jax
 
     started = time.perf_counter()
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {options.steps} steps a row")
+    device_kind = jax.devices()[0].device_kind
+    print(f"jax {jax.__version__}, {device_kind}, {options.steps} steps a row")
+    if note := mfu_note(device_kind):
+        print(note)
     # Every model by default before any variant: the time may not last for all.
     for variant in options.variants:
         for model in options.models:

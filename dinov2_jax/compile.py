@@ -27,19 +27,16 @@ from dinov2_jax.config_rules import ConfigError
 from dinov2_jax.cost.estimate import Estimate, estimate
 from dinov2_jax.cost.hlo import Program
 from dinov2_jax.cost.memory import CompilerError, memory_of, memory_of_failure
+from dinov2_jax.cost.report import print_estimate, print_figures
 from dinov2_jax.cost.topology import Topology, TopologyError, open_topology
 from dinov2_jax.flags import parse_with_overrides
 from dinov2_jax.startup_heads import describe_heads
 from dinov2_jax.startup_table import backward_kernels, describe_attention
 
 DOES_NOT_FIT, FAILED = 1, 2
-# Without its long search for fast code the compiler takes a fifth of the time, and a little more
-# memory: what fits so, fits.
+# Without its long search for fast code the compiler takes a fifth of the time and, as far as it was
+# looked at, a little more memory.
 QUICK = {"optimization_level": 9}  # jax's number of its level O0
-LESS_MEMORY = (
-    "what lowers it: mesh.fsdp cuts the state, most of the arguments, over so many devices; "
-    "temporaries: more devices, grad_accumulation_steps, remat=blocks, mesh.backward_kernels=gather"
-)
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -208,91 +205,59 @@ def find_max_batch(
     """The check of the largest batch that fits, found by doubling, then halving.
 
     Batches are whole groups for every batch shard and micro-batch. The search compiles quickly,
-    which takes a little more memory: the next larger batch may just fit as well.
+    which as a rule takes a little more memory: the next larger batch may just fit as well, and
+    where what it found does not fit after all, the next smaller ones are tried.
+
+    Args:
+      config: its `global_batch_size` is of no account.
+      topology: to compile for.
+      is_quick, hlo_file: of the last check, see `check`.
+
+    Returns:
+      As `check`; of the smallest batch that was tried, where none fits.
+
+    Raises:
+      ConfigError: as `check`.
+      CompilerError: likewise; it names the largest batch that was found to fit until then.
     """
     config = config.copy_and_resolve_references()
     unit = config.group_size * config.grad_accumulation_steps
     with config.unlocked():
         config.global_batch_size = unit * len(topology.devices)  # divides, whatever the mesh
     unit *= sharding.batch_shards(startup.build_mesh(config, topology.devices))
+    most, least = 0, 1  # multiples of it: what fits, and what does not
 
-    def attempt(multiple: int) -> dict:
+    def attempt(multiple: int, **settings) -> tuple[dict, Estimate | None]:
         with config.unlocked():
             config.global_batch_size = multiple * unit
-        figures, _ = check(config, topology, is_quick=True)
+        try:
+            return check(config, topology, **settings)
+        except CompilerError as error:
+            found = f"global_batch_size={most * unit}" if most else "none"
+            raise CompilerError(
+                f"global_batch_size={multiple * unit}: {error}; the largest that was found to fit "
+                f"until then, in a quick compile: {found}"
+            ) from error
+
+    def search(multiple: int) -> dict:
+        figures, _ = attempt(multiple, is_quick=True)
         words = "fits" if figures["fits"] else "does not fit"
         print(f"global_batch_size={multiple * unit} {words}", flush=True)
         return figures
 
-    best, most, least = None, 0, 1
-    while (figures := attempt(least))["fits"]:
-        best, most, least = figures, least, 2 * least
-    while best is not None and least - most > 1:
+    while (figures := search(least))["fits"]:
+        most, least = least, 2 * least
+    while most and least - most > 1:
         middle = (most + least) // 2
-        figures = attempt(middle)
-        best, most, least = (figures, middle, least) if figures["fits"] else (best, most, middle)
-    if best is None:
-        return figures, None
-    with config.unlocked():
-        config.global_batch_size = most * unit
-    return check(config, topology, is_quick=is_quick, hlo_file=hlo_file)
-
-
-def print_figures(figures: dict) -> None:
-    """What is known without a clock: fits or not, and where the memory goes."""
-    axes = " x ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
-    print(
-        f"{figures['topology']}"
-        + (f" x {figures['slices']} slices" if figures["slices"] > 1 else "")
-        + f": {figures['devices']} devices, mesh {axes}; batch {figures['global_batch_size']} in "
-        f"groups of {figures['group_size']}; {figures['dtype']}, remat {figures['remat']}, "
-        + (f"backward kernels {kernels}, " if (kernels := figures["backward_kernels"]) else "")
-        + f"attention {figures['attention']}, prototypes {figures['heads']}; "
-        f"compiled in {figures['compile_seconds']:.0f} s"
-    )
-    kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in figures["hbm_bytes"].items())
-    peak, limit = figures["hbm_peak_bytes"], figures["hbm_limit_bytes"]
-    if figures["fits"]:
-        print(f"fits: {gib(peak)} of {gib(limit)} HBM ({kinds})")
-    else:
-        over = f"; {gib(peak - limit)} too much" if peak > limit else ""
-        print(f"does not fit: {gib(peak)} of {gib(limit)} HBM{over}" + f" ({kinds})" * bool(kinds))
-        print(LESS_MEMORY)
-    print(
-        f"FLOPs a step: model {figures['model_flops']:.4g}, executed "
-        f"{figures['executed_flops']:.4g}"
-    )
-
-
-def print_estimate(figures: dict, step: Estimate, *, breakdown: bool) -> None:
-    """Collectives, time and MFU; with `breakdown` by part of the step, and the longest lines."""
-    moved = ", ".join(f"{kind} {size / 1e6:.4g} MB" for kind, size in step.collective_bytes.items())
-    print(f"collectives a step and device: {moved or 'none'}")
-    for warning in step.warnings:
-        print(f"warning: {warning}")
-    if figures["estimated_mfu"] is None:
-        print("no time estimate: this compiler states no cycles")
-        return
-    images = figures["global_batch_size"] / figures["chips"] / step.seconds
-    print(
-        f"estimated step {step.seconds * 1e3:.1f} ms, MFU {figures['estimated_mfu']:.1%} of the "
-        f"executed FLOPs, {images:.0f} images/s a chip (nothing overlaps; see docs/pods.md)"
-    )
-    if not breakdown:
-        return
-    kinds = ("products", "kernels", "copies", "other", "collectives")
-    print(f"{'ms a step':22}{'all':>9}" + "".join(f"{kind:>12}" for kind in kinds))
-    for part, seconds in step.table().items():
-        cells = "".join(f"{seconds.get(kind, 0) * 1e3:>12.2f}" for kind in kinds)
-        print(f"{part:22}{sum(seconds.values()) * 1e3:>9.2f}{cells}")
-    print("longest instructions, ms a step:")
-    for row in step.rows[:30]:
-        print(f"{row.seconds * 1e3:8.2f}  {row.part}, {row.kind}: {row.what}")
-
-
-def gib(num_bytes: float) -> str:
-    """ "15.75 GiB"."""
-    return f"{num_bytes / 2**30:.2f} GiB"
+        most, least = (middle, least) if search(middle)["fits"] else (most, middle)
+    step = None
+    while most:
+        figures, step = attempt(most, is_quick=is_quick, hlo_file=hlo_file)
+        if figures["fits"]:
+            break
+        print(f"global_batch_size={most * unit} does not fit when compiled in full", flush=True)
+        most -= 1
+    return figures, step
 
 
 if __name__ == "__main__":

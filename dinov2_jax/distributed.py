@@ -24,6 +24,17 @@ ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PRO
 # Variables that name one task of SLURM among several, inside `srun`.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
+# What says of a Cloud TPU machine that there are others, even where jax makes nothing of it.
+_OF_SEVERAL = (
+    ADDRESS,
+    "JOB_COMPLETION_INDEX",
+    "MEGASCALE_COORDINATOR_ADDRESS",
+    "MEGASCALE_NUM_SLICES",
+    "OMPI_COMM_WORLD_SIZE",
+)
+# Its list of hosts where it is the only one.
+_ITSELF = ("local", "localhost")
+
 Result = TypeVar("Result")
 
 _MEETINGS = itertools.count()  # every meeting needs a name of its own
@@ -103,6 +114,31 @@ def has_cloud_tpu() -> bool:
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
+def is_lone_tpu(environ: Mapping[str, str]) -> bool:
+    """Whether it is clear that a Cloud TPU machine has no others beside it.
+
+    It is where the list of hosts is this very machine (Kaggle), and where jax knows no cluster:
+    there is no such list, and no metadata of a TPU, or none that may be asked (a container).
+
+    Args:
+      environ: environment variables.
+
+    Raises:
+      Exception: whatever jax raises where it cannot tell, such as of metadata that do not answer.
+    """
+    if any(environ.get(name) for name in _OF_SEVERAL):
+        return False
+    hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
+    if hosts:
+        return hosts in _ITSELF
+    # How jax decides whether there is a cluster has no public door in jax 0.10; imported here, so
+    # that a release which moves it is felt on such machines alone.
+    from jax._src.clusters import ClusterEnv
+
+    kinds = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method]
+    return not any(kind.is_env_present() for kind in kinds)
+
+
 def initialize(mode: str = "auto") -> None:
     """Joins the other processes of this run, if there are any. Before any other use of jax.
 
@@ -112,10 +148,12 @@ def initialize(mode: str = "auto") -> None:
     Args:
       mode: "auto" joins where the environment says that there are others (Cloud TPU, SLURM,
         OpenMPI, an indexed Kubernetes Job, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-        JAX_PROCESS_ID); "on" must find them; "off" never looks.
+        JAX_PROCESS_ID), and a Cloud TPU machine unless it clearly is the only one; "on" must find
+        them; "off" never looks.
 
     Raises:
-      HostError: nothing says where they are, or an unknown mode; `LostHostError`: out of reach.
+      HostError: nothing says where they are, though it must or the TPU has more hosts, or an
+        unknown mode; `LostHostError`: out of reach.
     """
     if mode not in MODES:
         raise HostError(f"--distributed={mode} must be one of {', '.join(MODES)}")
@@ -130,7 +168,9 @@ def initialize(mode: str = "auto") -> None:
             f"SLURM, OpenMPI, Kubernetes or on Cloud TPU, or set {ADDRESS}, {COUNT} and {INDEX}"
         )
     try:
-        jax.distributed.initialize(**arguments)
+        is_lone = mode == "auto" and arguments == {} and is_lone_tpu(os.environ)
+        if not is_lone:
+            jax.distributed.initialize(**arguments)
     # Whatever the cluster's services raise: RuntimeError, ValueError, OSError, grpc's own.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -138,7 +178,13 @@ def initialize(mode: str = "auto") -> None:
             f"the processes of this run did not find each other ({reason}); check that all were "
             "started, or use --distributed=off for a single one"
         ) from error
-    alarm.watch()
+    if not is_lone:
+        alarm.watch()
+    elif (count := jax.process_count()) > 1:  # the TPU's own library knows its hosts
+        raise HostError(
+            f"this is one of {count} hosts of a TPU, but nothing says where the others are; set "
+            f"TPU_WORKER_HOSTNAMES and TPU_WORKER_ID, or {ADDRESS}, {COUNT} and {INDEX}"
+        )
 
 
 def is_primary() -> bool:

@@ -5,6 +5,7 @@ serves them all. Mesh axes: `data` (batch only), `fsdp` (batch, and parameters i
 `model` (prototypes). All axes are Auto: shapes under `jit` are global, XLA places collectives.
 """
 
+import collections
 import math
 from collections.abc import Callable, Sequence
 
@@ -70,6 +71,16 @@ def make_mesh(
 def batch_shards(mesh: Mesh) -> int:
     """The number of pieces that the batch is cut into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def host_shares(mesh: Mesh) -> dict[int, int]:
+    """How many of the batch's pieces each process holds, by its index, ascending.
+
+    Devices that differ in their place on `model` alone hold the same piece, also on two hosts.
+    """
+    pieces = mesh.devices.reshape(batch_shards(mesh), -1)
+    holders = [process for row in pieces for process in {x.process_index for x in row}]
+    return dict(sorted(collections.Counter(holders).items()))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -70,7 +70,13 @@ def as_config_error():
 def build_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of the configuration; axes that are all given may use a part of the devices.
 
-    `devices`: those of this machine when None; the compile check passes those of a topology.
+    Args:
+      config: of the run.
+      devices: those of this machine when None; the compile check passes those of a topology.
+
+    Raises:
+      ConfigError: the sizes do not fit the devices or the batch, or a process would have no device
+        or another share of the batch than the others.
     """
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.model)
     devices = jax.devices() if devices is None else list(devices)
@@ -84,6 +90,15 @@ def build_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
             )
     with as_config_error():
         mesh = sharding.make_mesh(data=sizes[0], fsdp=sizes[1], model=sizes[2], devices=devices)
+    # What they tell each other of a step, image by image, is one array of all.
+    if len(set((shares := sharding.host_shares(mesh)).values())) > 1:
+        raise ConfigError(
+            f"mesh {'x'.join(map(str, mesh.devices.shape))} gives the processes unequal shares of "
+            f"the batch: of its {sharding.batch_shards(mesh)} pieces they hold "
+            f"{', '.join(map(str, shares.values()))}, and each must hold as many; set mesh.data or "
+            "mesh.fsdp to -1 to use all devices, mesh.model to a divisor or a multiple of the "
+            "devices of a process, and start processes of as many devices each"
+        )
     check_groups(
         global_batch_size=config.global_batch_size,
         group_size=config.group_size,

@@ -15,11 +15,12 @@ os.environ["XLA_FLAGS"] = (
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import pytest
 
-from dinov2_jax.cost.topology import is_installed
+from dinov2_jax.cost.topology import CUDA_COMPILERS, is_installed
 from dinov2_jax.workdir import workdir_path
 from tests import object_store
 from tests.small_run import run
@@ -34,7 +35,8 @@ def key() -> jax.Array:
 @pytest.fixture
 def libtpu():
     """Skips without the TPU's compiler; with DINOV2_JAX_REQUIRE_LIBTPU=1 (CI) that is a failure."""
-    need_compiler("libtpu", "LIBTPU", "NOTHING IS COMPILED FOR TPUS: pip install -e '.[test,tpu]'")
+    message = "NOTHING IS COMPILED FOR TPUS: pip install -e '.[test,tpu]'"
+    need_compiler(("libtpu",), "LIBTPU", message)
 
 
 @pytest.fixture
@@ -42,11 +44,11 @@ def cuda():
     """Likewise without the CUDA compiler; with DINOV2_JAX_REQUIRE_CUDA=1."""
     packages = f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
     message = f"NOTHING IS COMPILED FOR GPUS: pip install --no-deps {packages}"
-    need_compiler("jax_plugins.xla_cuda12", "CUDA", message)
+    need_compiler(CUDA_COMPILERS, "CUDA", message)
 
 
-def need_compiler(module: str, name: str, message: str) -> None:
-    if not is_installed(module):
+def need_compiler(modules: Sequence[str], name: str, message: str) -> None:
+    if not any(is_installed(module) for module in modules):
         if os.environ.get(f"DINOV2_JAX_REQUIRE_{name}") == "1":
             pytest.fail(message, pytrace=False)
         pytest.skip(message)

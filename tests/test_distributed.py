@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from jax._src.clusters import cloud_tpu_cluster
 
 from dinov2_jax import distributed
 from dinov2_jax.distributed import HostError, LostHostError, detect
@@ -79,6 +80,114 @@ def test_a_cloud_tpu_needs_no_arguments():
     assert detect(SLURM, has_tpu=True) == {}
 
 
+@pytest.fixture
+def tpu_machine(monkeypatch):
+    """A machine with chips, as jax and we see it, whose metadata answer with a code: `ask(code)`.
+
+    None: they do not answer.
+    """
+    for name in (*SLURM, *distributed._OF_SEVERAL, "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(distributed, "has_cloud_tpu", lambda: True)
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+
+    def ask(code: int | None):
+        def get_metadata(key):
+            if code is None:
+                raise OSError("metadata.google.internal does not answer")
+            return "", code
+
+        monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", get_metadata)
+
+    ask(None)
+    return ask
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """The arguments of every attempt to join others."""
+    calls = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda **kwargs: calls.append(kwargs))
+    monkeypatch.setattr(distributed.alarm, "watch", lambda: None)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        dict(TPU_SKIP_MDS_QUERY="1"),
+        dict(TPU_WORKER_HOSTNAMES="localhost"),
+        dict(TPU_PROCESS_ADDRESSES="local", TPU_WORKER_HOSTNAMES="localhost"),
+    ],
+    ids=["no metadata", "its own name", "kaggle"],
+)
+def test_a_lone_tpu_is_a_single_process(environ, tpu_machine, joined, monkeypatch):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    distributed.initialize("auto")
+    assert joined == []
+    distributed.initialize("on")
+    assert joined == [{}]
+
+
+def test_a_lone_tpu_by_its_metadata(tpu_machine, joined):
+    tpu_machine(404)
+    distributed.initialize("auto")
+    assert joined == []
+
+
+def test_a_lone_tpu_is_not_told_to_be_several(tpu_machine, monkeypatch):
+    """By jax itself, which finds no cluster."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    distributed.initialize("auto")
+    with pytest.raises(LostHostError, match="coordinator_address should be defined"):
+        distributed.initialize("on")
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        dict(TPU_WORKER_HOSTNAMES="a,b"),
+        dict(TPU_PROCESS_ADDRESSES="a:1,b:1", TPU_WORKER_HOSTNAMES="localhost"),
+        dict(TPU_WORKER_HOSTNAMES="localhost", MEGASCALE_NUM_SLICES="2"),
+        dict(TPU_SKIP_MDS_QUERY="1", MEGASCALE_COORDINATOR_ADDRESS="a:1"),
+        dict(TPU_SKIP_MDS_QUERY="1", JOB_COMPLETION_INDEX="0"),
+        dict(TPU_SKIP_MDS_QUERY="1", OMPI_COMM_WORLD_SIZE="2"),
+        dict(TPU_SKIP_MDS_QUERY="1", JAX_COORDINATOR_ADDRESS="a:1"),
+        dict(TPU_SKIP_MDS_QUERY="1", **SLURM),
+    ],
+)
+def test_a_tpu_of_several_hosts_joins_them(environ, tpu_machine, joined, monkeypatch):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    distributed.initialize("auto")
+    assert joined == [{}]
+
+
+def test_a_tpu_whose_metadata_know_it_joins_the_others(tpu_machine, joined):
+    tpu_machine(200)
+    distributed.initialize("auto")
+    assert joined == [{}]
+
+
+def test_a_tpu_that_cannot_find_out_does_not_train_alone(tpu_machine, joined):
+    with pytest.raises(LostHostError, match=r"does not answer.*--distributed=off for a single one"):
+        distributed.initialize("auto")
+    assert joined == []
+
+
+def test_a_tpu_whose_library_knows_more_hosts_does_not_train_alone(
+    tpu_machine, joined, monkeypatch
+):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setattr("jax.process_count", lambda: 4)
+    with pytest.raises(HostError, match=r"one of 4 hosts of a TPU, but nothing says .*; set TPU"):
+        distributed.initialize("auto")
+
+
 def test_half_an_environment_is_refused():
     with pytest.raises(HostError, match="JAX_NUM_PROCESSES without the others"):
         detect(dict(JAX_NUM_PROCESSES="2"), has_tpu=False)
@@ -121,6 +230,7 @@ def test_others_that_do_not_come_are_one_line(monkeypatch):
 
     monkeypatch.setattr("jax.distributed.initialize", initialize)
     monkeypatch.setattr(distributed, "has_cloud_tpu", lambda: True)
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
     with pytest.raises(
         LostHostError, match=r"did not find each other \(Barrier timed out\. Waited"
     ):

@@ -101,6 +101,65 @@ def test_a_signal_to_one_host_stops_both_and_any_number_goes_on(two, cache, tmp_
     assert_close(repeatable(tmp_path), repeatable(two[0]), rtol=1e-5)
 
 
+NOTICED_ALONE = """
+import os, sys, threading, time
+process = os.environ.get("JAX_PROCESS_ID")
+if process:
+    from dinov2_jax import preemption
+    from dinov2_jax.loop import Loop
+
+    def note(name, text):
+        with open(os.path.join({folder!r}, name + process), "a") as file:
+            file.write(text + " ")
+
+    save, leave = Loop.save, sys.exit
+    def note_and_save(self):
+        note("saved", str(self.step))
+        save(self)
+    def note_and_leave(code):
+        note("code", str(code))
+        leave(code)
+    Loop.save, sys.exit = note_and_save, note_and_leave
+if process == "1":
+    preempted, one_step = threading.Event(), Loop._one_step
+    def preempt(self):
+        if self.step == 5:
+            preempted.set()
+            while self.exchange.signals.received is None: time.sleep(0.01)
+        one_step(self)
+    Loop._one_step = preempt
+    preemption.EVERY_SECS = 0.01
+    preemption.asker = lambda: lambda: "the cloud takes this back" if preempted.is_set() else None
+"""
+
+
+def test_a_clouds_notice_to_one_host_stops_both_at_the_same_step(two, cache, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(NOTICED_ALONE.format(folder=str(tmp_path)))
+    workdir = tmp_path / "run"
+    cut = dict(mesh__fsdp=8, mesh__min_size_to_shard_mb=0)  # each host holds half of every leaf
+    process = launch(workdir, cache, path=tmp_path, **cut)
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 143, output
+    assert output.count("the cloud takes this back: stopping where nothing is lost") == 1
+    assert "stopped and saved after step" in output
+    said = {path.name: path.read_text().split() for path in tmp_path.glob("*[01]")}
+    assert said["code0"] == said["code1"] == ["143"]
+    assert said["saved0"] == said["saved1"] and int(said["saved0"][-1]) in (
+        6,
+        7,
+    )  # not 8, due anyway
+    assert run(workdir, **SETTINGS) == 0
+    assert_close(repeatable(workdir), repeatable(two[0]), rtol=1e-5)
+
+
+def test_processes_of_unequal_shares_of_the_mesh_are_refused(cache, tmp_path):
+    """Of six devices in use four are of one process: its word would be longer than the other's."""
+    process = launch(tmp_path, cache, global_batch_size=12, mesh__data=6)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 2, output
+    assert "mesh 6x1x1 gives the processes unequal shares of the batch" in output
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_two_hosts_that_share_but_a_bucket_are_killed_and_go_on(two, cache, any_bucket, tmp_path):
     """Each writes its part of every checkpoint to the store; no leaf is whole on one of them."""

@@ -36,6 +36,10 @@ def test_mesh_says_what_does_not_fit(axes):
         sharding.make_mesh(**axes)
 
 
+def test_a_single_process_has_the_whole_batch():
+    assert sharding.host_shares(sharding.make_mesh(data=-1, model=2)) == {0: 4}
+
+
 BIG = 2**20
 
 

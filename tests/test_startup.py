@@ -1,5 +1,6 @@
 """From a configuration to what a run computes with, without computing anything."""
 
+import dataclasses
 import types
 
 import jax
@@ -78,6 +79,54 @@ def test_every_process_needs_a_device_of_the_mesh(used):
     devices = [types.SimpleNamespace(process_index=i // 2) for i in range(6)]
     with pytest.raises(ConfigError, match=rf"mesh {used}x1x1 leaves processes \[1, 2\] without"):
         startup.build_mesh(load(f"mesh.data={used}"), devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class HostDevice:
+    """One of several on a host that is not this one."""
+
+    id: int
+    process_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def on_hosts(*counts: int) -> list[HostDevice]:
+    hosts = [host for host, count in enumerate(counts) for _ in range(count)]
+    return [HostDevice(i, host) for i, host in enumerate(hosts)]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "axes", "shares"),
+    [
+        # The last host has fewer devices in it.
+        ((4, 4), ["mesh.data=6"], "mesh 6x1x1 .* of its 6 pieces they hold 4, 2,"),
+        # The one in the middle holds two pieces in part.
+        ((2, 2, 2), ["mesh.data=-1", "mesh.model=3"], "mesh 2x1x3 .* 2 pieces they hold 1, 2, 1,"),
+        ((4, 2), ["mesh.data=-1"], "mesh 6x1x1 .* they hold 4, 2,"),
+    ],
+)
+def test_processes_of_unequal_shares_are_refused(hosts, axes, shares):
+    """Each says one word an image, and the words of all are one array."""
+    config = load(*axes, "global_batch_size=12", "group_size=2")
+    with pytest.raises(ConfigError, match=f"{shares} and each must hold as many; set mesh.data or"):
+        startup.build_mesh(config, on_hosts(*hosts))
+
+
+@pytest.mark.parametrize(
+    ("hosts", "axes"),
+    [
+        ((4, 4), ["mesh.data=-1"]),
+        ((2, 2, 2), ["mesh.data=1", "mesh.model=6"]),
+        ((2, 2, 2, 2), ["mesh.data=-1", "mesh.model=4"]),
+        ((4, 4), ["mesh.data=-1", "mesh.fsdp=2", "mesh.model=2"]),
+        ((4, 2), ["mesh.data=1", "mesh.model=-1"]),  # each has the whole batch
+    ],
+)
+def test_equal_shares_of_any_kind_are_fine(hosts, axes):
+    config = load(*axes, "global_batch_size=16", "group_size=2")
+    mesh = startup.build_mesh(config, on_hosts(*hosts))
+    assert mesh.size == sum(hosts)
 
 
 def test_the_abstract_state_is_the_state():

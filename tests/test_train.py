@@ -92,6 +92,22 @@ def test_a_run_leaves_a_workdir_that_explains_itself_and_no_key_is_unread(
     assert unread == set()
 
 
+# What docs/metrics.md promises of a trace; what jax differentiates it names so.
+STAGES = ("augment", "teacher", "targets/sinkhorn_knopp", "student", "optimizer", "ema")
+TEACHER_PARTS = tuple(
+    f"teacher/{part}" for part in ("VisionTransformer/backbone", "DINOHead", "DINOHead/prototypes")
+)
+STUDENT_PARTS = tuple(
+    f"student/{part}"
+    for part in (
+        "jvp(VisionTransformer)/backbone",
+        "transpose(jvp(VisionTransformer))/backbone",
+        "jvp(DINOHead.bottleneck)",
+        "jvp(prototypes)",
+    )
+)
+
+
 def assert_is_trace_of(folder: pathlib.Path, steps: list[int]):
     """That xprof can read the trace, which has these steps and the scopes of their program."""
     (file,) = folder.glob("plugins/profile/steps_2_4/*.xplane.pb")  # where xprof looks
@@ -99,7 +115,7 @@ def assert_is_trace_of(folder: pathlib.Path, steps: list[int]):
     events = [event for line in planes["/host:CPU"].lines for event in line.events]
     found = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
     assert found == steps
-    for scope in ("augment", "teacher", "targets/sinkhorn_knopp", "student", "optimizer", "ema"):
+    for scope in (*STAGES, *TEACHER_PARTS, *STUDENT_PARTS):
         assert f"jit(train_step)/{scope}/".encode() in file.read_bytes(), scope
 
 

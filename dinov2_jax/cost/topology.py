@@ -21,6 +21,9 @@ NO_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 
+# Either will do: one of them comes with jax for GPUs.
+CUDA_COMPILERS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+
 
 class TopologyError(ValueError):
     """A topology that cannot be compiled for; its text is one line for the user."""
@@ -71,11 +74,11 @@ def open_topology(name: str, *, num_slices: int = 1) -> Topology:
         )
     if num_slices < 1:
         raise TopologyError(f"--slices={num_slices} must be at least 1")
-    module, extra = ("jax_plugins.xla_cuda12", "cuda12") if is_gpu else ("libtpu", "tpu")
-    if not is_installed(module):
+    modules = CUDA_COMPILERS if is_gpu else ("libtpu",)
+    if not any(is_installed(module) for module in modules):
+        extras = "'dinov2_jax[cuda12]' or 'dinov2_jax[cuda13]'" if is_gpu else "'dinov2_jax[tpu]'"
         raise TopologyError(
-            f"--topology={name} needs a compiler that is not installed; "
-            f"pip install 'dinov2_jax[{extra}]'"
+            f"--topology={name} needs a compiler that is not installed; pip install {extras}"
         )
     if is_gpu and num_slices > 1:
         raise TopologyError(f"--slices={num_slices} is for TPUs; give more hosts: cuda:{kind}:2x8")

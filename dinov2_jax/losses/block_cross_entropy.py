@@ -92,6 +92,7 @@ class _RowSums:
         return layout.sum_prototypes(sums.replace(row_max=None)).replace(row_max=sums.row_max)
 
 
+@jax.named_scope("prototypes")
 def _forward(layout, assign, features, prototypes, target_rows, target_prototypes, temps):
     def run(rows, shared, temps):
         features, target_rows = rows
@@ -145,6 +146,7 @@ def _flat(features, prototypes, targets, target_rows):
     )
 
 
+@jax.named_scope("prototypes")
 def _backward(layout, assign, residuals, cotangents):
     (features, prototypes, target_rows, target_prototypes, temps), kept = residuals
 

@@ -9,6 +9,8 @@ from benchmarks.contenders import load
 from tests.data.conftest import encode, make_image
 from tests.small_run import SHRINK
 
+FIGURES = dict(step_secs=0.1, images_per_sec=640.0, memory_mb=1000.0)
+
 
 @pytest.fixture
 def run(cache, monkeypatch, capsys, tmp_path):
@@ -39,9 +41,10 @@ def test_every_row_is_a_configuration(model, variant):
 
 
 def test_a_row_has_its_figures_and_what_is_not_here_says_so(run):
-    header, row, wait, missing = run("--variants", "default", "attention=cudnn")
+    header, note, row, wait, missing = run("--variants", "default", "attention=cudnn")
     assert header.endswith("cpu, 1 steps a row")
-    pattern = r"S default +([\d.]+) ms, +([\d.]+) images/s, no peak known, +(\d+) MB"
+    pattern = r"S default +([\d.]+) ms, +([\d.]+) images/s, +(\d+) MB"
+    assert note == gpu.mfu_note("cpu")
     ms, images_per_sec, memory_mb = map(float, re.fullmatch(pattern, row).groups())
     assert ms * images_per_sec / 1e3 == pytest.approx(4, rel=0.1)  # the batch, but for rounding
     assert memory_mb > 0
@@ -52,4 +55,22 @@ def test_a_row_has_its_figures_and_what_is_not_here_says_so(run):
 
 def test_no_row_begins_after_the_limit(run):
     lines = run("--limit-secs", "-1")
-    assert lines[1:] == ["stopped before S default: -1 s are over"]
+    assert lines[2:] == ["stopped before S default: -1 s are over"]
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA H200"])
+def test_known_boards_need_no_note(kind):
+    assert gpu.peak_flops(kind) > 0 and gpu.mfu_note(kind) is None
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 PCIe", "NVIDIA H100 NVL", "cpu"])
+def test_another_board_of_a_known_name_has_no_mfu_and_a_line_says_why(kind):
+    assert gpu.peak_flops(kind) is None
+    assert gpu.mfu_note(kind).startswith(f"no MFU: the peak of {kind} is not known")
+
+
+def test_a_row_without_a_peak_leaves_the_mfu_out():
+    assert "MFU" not in str(gpu.Figures(model_mfu=None, executed_mfu=None, **FIGURES))
+    assert ", MFU 40.0%, executed 30.0%, " in str(
+        gpu.Figures(model_mfu=0.4, executed_mfu=0.3, **FIGURES)
+    )

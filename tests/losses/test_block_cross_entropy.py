@@ -154,6 +154,17 @@ def test_targets_and_temperatures_are_constants():
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.parametrize("has_kernels", [False, True], ids=["blocks", "kernels"])
+def test_both_passes_are_in_the_scope_that_profiles_know(has_kernels):
+    case = draw(row_shape=(2, 5), k=24)
+    run = functools.partial(block_loss, kind="softmax_center", assign=same, has_kernels=has_kernels)
+    run = jax.jit(jax.grad(run, (0, 1), has_aux=True))
+    lowered = run.lower(case["student"], case["student_prototypes"], case)
+    text = lowered.as_text(debug_info=True)
+    for scope in ("jvp(prototypes)", "transpose(jvp(prototypes))"):
+        assert f'"jit(block_loss)/{scope}/' in text
+
+
 @pytest.mark.parametrize(
     ("kind", "assign", "row_shape", "k"),
     [
