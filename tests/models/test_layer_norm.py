@@ -50,6 +50,14 @@ def test_equals_flax(form, shape):
 
 
 @OTHERS
+def test_rows_that_hardly_vary_have_the_reference_eps(form):
+    params, x, grad = draw(2, 9, 64)
+    case = params, 1e-3 * (x - jnp.mean(x, axis=-1, keepdims=True)), grad  # variances about 1e-6
+    want = value_and_grads("xla", "float32", *case)
+    assert_same(value_and_grads(form, "float32", *case), want, 3e-6)
+
+
+@OTHERS
 def test_bfloat16_has_float32_statistics(form):
     case = draw(2, 9, 64, dtype="bfloat16")
     want = value_and_grads("xla", "bfloat16", *case)
