@@ -153,7 +153,8 @@ def get_config() -> ConfigDict:
     # device of one or two cores, pallas on TPU, cuDNN on Hopper and later GPUs in bfloat16, and XLA
     # elsewhere.
     config.attention = "auto"
-    # auto | xla | pallas (TPU): the blocks' layer normalisation; auto is pallas on TPU.
+    # auto | xla | products (CPU) | pallas (TPU): the blocks' layer normalisation; auto is products
+    # on CPU, pallas on TPU, and xla elsewhere.
     config.layer_norm = "auto"
     # auto | gather | matmul (with one-hot rows) | pallas (TPU, with layer_norm pallas): how the
     # subset drop path takes images out and puts them back; auto is pallas on TPU (matmul where

@@ -19,7 +19,7 @@ CHOICES = {
     "remat": ("auto", "none", "dots", "branches", "blocks"),
     "mesh.backward_kernels": ("auto", "gather", "keep"),
     "attention": ("auto", "xla", "by_head", "pallas", "cudnn"),
-    "layer_norm": ("auto", "xla", "pallas"),
+    "layer_norm": ("auto", "xla", "products", "pallas"),
     "drop_path_form": ("auto", "gather", "matmul", "pallas"),
     "compiler_preset": ("auto", "", "cpu_products", "tpu_overlap", "gpu_overlap"),
     "heads": ("auto", "dense", "blocks", "pallas"),

@@ -32,7 +32,9 @@ def chosen(config) -> str:
 def test_the_table_says_what_auto_became(monkeypatch):
     monkeypatch.setattr(startup_table, "choose_preset", lambda name, platform: f"{platform}'s")
     given = [("attention", "xla"), ("compiler_preset", "auto"), ("model.drop_path_rate", "0.1")]
-    words = "layer_norm xla, drop_path_form gather, remat dots, heads dense, compiler_preset cpu's"
+    words = (
+        "layer_norm products, drop_path_form gather, remat dots, heads dense, compiler_preset cpu's"
+    )
     assert chosen(load(*given)) == words
     # Where it makes no difference, it is not named.
     others = words.replace("drop_path_form gather, ", "")

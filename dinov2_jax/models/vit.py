@@ -60,7 +60,7 @@ class VisionTransformer(nn.Module):
         "branches" (all but what is as wide as the tokens) or "blocks" (everything).
       keep_kernels: whether kernels that `fsdp` cuts are kept whole for it.
       attention: "xla", "by_head", "pallas" or "cudnn", see `Attention`.
-      layer_norm: "xla" or "pallas", of the blocks, see `make_layer_norm`.
+      layer_norm: "xla", "products" or "pallas", of the blocks, see `make_layer_norm`.
       scan_unroll: blocks in each turn of the scan.
     """
 
