@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from dinov2_jax.data.records import BadImage, DataError, Record, Source, require_images
+from dinov2_jax.faults import refusal
 
 _PIP = "pip install -e '.[data]'"
 _TFDS_PATH = re.compile(r"(?P<name>[^:]+(:\d+\.\d+\.\d+)?):(?P<split>.+)")
@@ -29,6 +30,7 @@ class HuggingFaceSource(Source):
 
         Raises:
           DataError: `datasets` is missing, the path has no split, or no column holds images.
+          PassingFault: the hub cannot be reached now.
         """
         self.path, self.rejected = f"hf:{path}", []
         try:
@@ -85,6 +87,7 @@ class TfdsSource(Source):
         Raises:
           DataError: `tensorflow_datasets` is missing, the path has no split, or no feature holds
             images.
+          PassingFault: its files cannot be reached now.
         """
         self.path, self.rejected = f"tfds:{path}", []
         try:
@@ -133,7 +136,8 @@ def _library_errors(path: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path} cannot be opened: {reason[:300]}") from error
+        text = f"{path} cannot be opened: {reason[:300]}"
+        raise refusal(DataError, text, cause=error) from error
 
 
 def _read_file(path: str | None) -> bytes:

@@ -10,6 +10,7 @@ import pytest
 from dinov2_jax.data.image_ops import decode
 from dinov2_jax.data.records import BadImage, DataError
 from dinov2_jax.data.sources import open_source
+from dinov2_jax.faults import PassingFault
 from tests.data.conftest import encode, make_image
 
 IMAGES = [encode(make_image(i)) for i in range(3)]
@@ -111,11 +112,23 @@ def test_hugging_face_errors(asked, monkeypatch):
     with pytest.raises(DataError, match=r"no image column, only \['text'\]"):
         open_source("hf:imdb:train")
 
-    def unreachable(*_, split):
-        raise ConnectionError("no\nnetwork")
 
-    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", unreachable)
-    with pytest.raises(DataError, match="hf:imdb:train cannot be opened: no network"):
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ConnectionError("no\nnetwork"), PassingFault),
+        (FileNotFoundError("no\nsuch data set"), DataError),
+    ],
+)
+def test_a_hub_that_is_not_reached_may_be_later_and_a_missing_data_set_not(
+    asked, monkeypatch, error, kind
+):
+    def load_dataset(*_, split):
+        raise error
+
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", load_dataset)
+    text = str(error).replace("\n", " ")
+    with pytest.raises(kind, match=f"hf:imdb:train cannot be opened: {text}"):
         open_source("hf:imdb:train")
 
 
