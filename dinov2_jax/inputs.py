@@ -25,6 +25,7 @@ from dinov2_jax.data.records import BadImage, DataError, Source
 from dinov2_jax.data.sources import open_mixture, open_source
 from dinov2_jax.distributed import check_same, is_primary, together
 from dinov2_jax.evals.in_run import InRunEvaluation, crop_identity, labelled_knn
+from dinov2_jax.exchange import of_primary
 from dinov2_jax.faults import PassingFault
 from dinov2_jax.sharding import host_groups
 from dinov2_jax.startup import Trainer, as_config_error, build_augment
@@ -184,14 +185,14 @@ def build_evaluation(config, trainer: Trainer) -> InRunEvaluation | None:
 def evaluate_with_baselines(
     evaluation: InRunEvaluation | None,
 ) -> Callable[[Any, int], dict[str, float]] | None:
-    """(teacher, step) -> accuracies; at step 0 with the baselines beside them."""
+    """(teacher, step) -> accuracies, alike on all hosts; at step 0 with the baselines beside."""
     if evaluation is None:
         return None
 
     def evaluate(teacher: Any, step: int) -> dict[str, float]:
         if step > 0:
-            return evaluation(teacher["backbone"])
-        values = evaluation.baselines(teacher["backbone"])
+            return of_primary(evaluation(teacher["backbone"]))
+        values = of_primary(evaluation.baselines(teacher["backbone"]))
         prefix = f"knn/{evaluation.name}/"
         trained = {
             f"{prefix}{kind}": values[f"{prefix}random_init_{kind}"]
@@ -203,14 +204,16 @@ def evaluate_with_baselines(
 
 
 def draw_crops(config, batch: Batch, path: epath.Path) -> None:
-    """Writes crops.png: what the network sees."""
-    sheet = crops_sheet(
-        batch,
-        augment=build_augment(config),
-        mean=config.augment.mean,
-        std=config.augment.std,
-        patch_size=config.model.patch_size,
-    )
+    """Writes crops.png: what the network sees. One process may do it alone."""
+    # The run's mesh has devices of all processes, which must run whatever it runs.
+    with jax.set_mesh(Mesh(np.array(jax.local_devices()[:1]), ("device",))):
+        sheet = crops_sheet(
+            batch,
+            augment=build_augment(config),
+            mean=config.augment.mean,
+            std=config.augment.std,
+            patch_size=config.model.patch_size,
+        )
     save(sheet, path)
 
 

@@ -87,7 +87,7 @@ class Loop:
       keep_best: whether the checkpoint with the highest one is kept.
       last_evaluation: the newest value of every evaluation metric, baselines included.
       write_teacher: (teacher parameters, step) -> None.
-      exchange: with the other processes: bad images, and whether a signal came.
+      exchange: with the other processes: bad images, waiting, and whether a signal came.
     """
 
     workdir: epath.Path
@@ -125,8 +125,7 @@ class Loop:
     def run(self) -> bool:
         """Trains; says whether the end was reached. The last checkpoint is left to `save`.
 
-        The checkpoint of the last step tells that a run is finished, so it must come after
-        everything else that a finished run leaves.
+        That checkpoint tells that a run is finished, so it comes after all else that one leaves.
         """
         self.goodput.begin("step")
         self._restart_clock()
@@ -162,12 +161,11 @@ class Loop:
         with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
             self.state, metrics = self.train_step(self.state, fed.device, hyper)
         self.step += 1
-        word = self.exchange.say(fed.host.bad_record)
-        self._pending.append(_Dispatched(self.step, metrics, hyper, word))
+        waited = self.feed.wait_secs
         if self.step < self.rhythm.total:
-            waited = self.feed.wait_secs
             self.feed.peek(computing=metrics)
-            self.goodput.move(self.feed.wait_secs - waited, "data_wait")
+        word = self.exchange.say(fed.host.bad_record, wait_secs=self.feed.wait_secs - waited)
+        self._pending.append(_Dispatched(self.step, metrics, hyper, word))
         # One step stays in flight, so that the device never waits for the books.
         self._settle(1)
         self.display.advance(self.step)
@@ -196,7 +194,10 @@ class Loop:
         """Enters all but the newest steps into the books, in order."""
         while len(self._pending) > in_flight:
             step, metrics, hyper, word = self._pending.popleft()
-            self.bad_images.add(self.exchange.hear(word))
+            heard = self.exchange.hear(word)
+            self.bad_images.add(heard.bad_record)
+            self._waited += heard.wait_secs
+            self.goodput.move(heard.wait_secs, "data_wait")
             if int(metrics["nonfinite"]):
                 self._note_nonfinite(step, jax.device_get(metrics))
             self._settled += 1
@@ -214,7 +215,7 @@ class Loop:
         values["nonfinite_steps"] = self.books["nonfinite_steps"]
         values["collapse_warning"] = self._watch_collapse(step, values)
         values |= self.speed.fields(elapsed / self._settled)
-        values["data_wait_share"] = min(self.feed.wait_secs / elapsed, 1.0)
+        values["data_wait_share"] = min(self._waited / elapsed, 1.0)
         values |= self.goodput.fields()
         self.writer.write(step, values)
         self.display.show(step, format_step(values))
@@ -296,5 +297,4 @@ class Loop:
 
     def _restart_clock(self) -> None:
         """Rates are measured from here: evaluations and saves do not count as training."""
-        self._started, self._settled = time.perf_counter(), 0
-        self.feed.wait_secs = 0.0
+        self._started, self._settled, self._waited = time.perf_counter(), 0, 0.0

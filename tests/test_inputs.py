@@ -72,6 +72,48 @@ def test_there_may_be_no_evaluation():
     assert inputs.build_evaluation(load(eval__kind="none"), trainer=None) is None
 
 
+def test_all_hosts_have_the_evaluation_of_the_first(monkeypatch):
+    """They decide by it which checkpoint to save, together."""
+    monkeypatch.setattr(inputs, "of_primary", lambda values: {name: 0.25 for name in values})
+
+    class Evaluation:
+        name = "x"
+
+        def __call__(self, params):
+            return {"knn/x/cls": 0.5, "knn/x/mean_patch": 0.5}
+
+        def baselines(self, params):
+            return {"knn/x/random_init_cls": 0.5, "knn/x/random_init_mean_patch": 0.5}
+
+    evaluate = inputs.evaluate_with_baselines(Evaluation())
+    for step in (0, 1):
+        values = evaluate({"backbone": None}, step)
+        assert "knn/x/cls" in values and set(values.values()) == {0.25}
+
+
+def test_what_one_process_draws_alone_runs_on_a_device_of_its_own(tmp_path, monkeypatch):
+    """The run's mesh has devices of others: they would have to run the same."""
+    computed = []
+
+    def jit(function):
+        def compute(*arrays):
+            computed.append(jax.jit(function)(*arrays))
+            return computed[-1]
+
+        return compute
+
+    monkeypatch.setattr("dinov2_jax.visualize.crops.jax", types.SimpleNamespace(jit=jit))
+    config = load(global_batch_size=8, group_size=1)
+    mesh = make_mesh()
+    with (
+        inputs.open_batches(config, inputs.open_data(config), mesh, start_step=0) as batches,
+        jax.set_mesh(mesh),
+    ):
+        inputs.draw_crops(config, next(batches), tmp_path / "crops.png")
+    assert (tmp_path / "crops.png").exists()
+    assert [array.sharding.device_set for array in computed] == 2 * [{jax.local_devices()[0]}]
+
+
 def test_nothing_is_drawn_of_photos_that_another_host_cannot_read(tmp_path, monkeypatch):
     """Said before the first computation, which all hosts must take part in."""
 

@@ -92,6 +92,36 @@ def test_a_signal_in_the_last_step_does_not_lose_what_the_last_step_owes():
     assert ("evaluate", 3) in calls and ("teacher", 3) in calls
 
 
+def test_the_next_batch_is_sent_while_a_step_computes_and_waiting_for_it_counts():
+    calls = []
+    loop = _loop(calls, stop_at=-1)
+    train_step, feed, write = loop.train_step, loop.feed, loop.writer
+
+    def peek(computing):
+        calls.append(("peek", computing["nonfinite"]))
+        feed.wait_secs += 1000.0
+
+    def step(state, batch, hyper):
+        calls.append(("train_step", state + 1))
+        return train_step(state, batch, hyper)
+
+    feed.peek, loop.train_step = peek, step
+    write.write = lambda step, values: calls.append(("write", step))
+    loop.run()
+    order = [call[0] for call in calls if call[0] in ("train_step", "peek", "write")]
+    # A line of the step before comes after it; of the evaluations' lines first and last.
+    assert order == [
+        "write",
+        *2 * ["train_step", "peek"],
+        "write",
+        "train_step",
+        "write",
+        "write",
+        "write",
+    ]
+    assert loop.goodput.secs()["data_wait"] == 2000.0
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_before_stops_without_an_evaluation(monkeypatch, processes):
     """Of several processes it is heard of when the step is there: when the evaluation is due."""
