@@ -1,14 +1,27 @@
 """How commands end: with errors of one line, and exit codes."""
 
+import os
 import sys
 from collections.abc import Callable
 
+import jax
+
 from dinov2_jax import alarm
+from dinov2_jax.cost.report import LESS_MEMORY
 from dinov2_jax.distributed import HostError
 from dinov2_jax.workdir import is_disk_full
 
 # The first is what Python ends with.
 UNEXPECTED, DISK_FULL, WRONG_INPUT, INTERRUPTED = 1, 1, 2, 130
+NO_SPACE = (
+    "no space left for --workdir={}; free some and run the same command again: what was saved is "
+    "whole, and the run goes on from its last checkpoint"
+)
+NO_MEMORY = (
+    "the memory of a device does not suffice ({}); "
+    + LESS_MEMORY
+    + "; docs/pods.md says how to check what fits before the devices are there"
+)
 
 
 def run_command(action: Callable[[], int]) -> int:
@@ -34,15 +47,29 @@ def run_command(action: Callable[[], int]) -> int:
         raise
 
 
-def end_all(error: Exception, *, disk_full: str) -> None:
-    """Of several processes, ends all for an error that nobody expects; a single one just returns.
+def known_end(error: Exception, *, workdir: os.PathLike) -> tuple[str, int] | None:
+    """What a training run ends with where a resource is used up, anywhere in it.
 
-    Args:
-      error: says all of itself.
-      disk_full: is said in its place where it comes of that.
+    Returns:
+      A line and the exit code: `WRONG_INPUT` for want of the devices' memory, of which the same
+      command would want as much again. None: the error is another.
     """
     if is_disk_full(error):
-        alarm.ring(disk_full, DISK_FULL)
+        return NO_SPACE.format(workdir), DISK_FULL
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return NO_MEMORY.format(" ".join(str(error).split())[:200]), WRONG_INPUT
+    return None
+
+
+def end_all(error: Exception, *, workdir: os.PathLike) -> None:
+    """Of several processes that train, ends all for an error; a single one just returns.
+
+    Args:
+      error: says all of itself, unless its reason is known.
+      workdir: of the run.
+    """
+    if known := known_end(error, workdir=workdir):
+        alarm.ring(*known)
     alarm.ring(error, UNEXPECTED, has_traceback=True)
 
 

@@ -3,7 +3,8 @@
 The door: reads the flags and the configuration, builds the rooms, and opens them to the loop. Run
 the same command again to go on from the last checkpoint. Exit codes: 0 finished (or before), 1
 stopped by a guard, a full disk, a store out of reach or hosts that did not come, 2 wrong config,
-data or workdir, 143 and 130 saved and stopped after SIGTERM and SIGINT (a second: without saving).
+data or workdir, or too little memory on a device, 143 and 130 saved and stopped after SIGTERM and
+SIGINT (a second: without saving).
 """
 
 import argparse
@@ -22,7 +23,7 @@ from dinov2_jax import compiler, distributed, faults, inputs, preview, report, s
 from dinov2_jax import config as config_lib
 from dinov2_jax import metrics as metrics_lib
 from dinov2_jax.checkpoints import Checkpoints, KeepPolicy
-from dinov2_jax.commands import WRONG_INPUT, end_all, fail
+from dinov2_jax.commands import WRONG_INPUT, end_all, fail, known_end
 from dinov2_jax.config_rules import ConfigError
 from dinov2_jax.convert.spec import METADATA_KEY, SPEC_FILE, ModelSpec
 from dinov2_jax.data.records import DataError
@@ -46,16 +47,11 @@ from dinov2_jax.workdir import (
     check_shared,
     check_unchanged,
     clear_leftovers,
-    is_disk_full,
     open_workdir,
     workdir_path,
 )
 
 STOPPED = 1
-NO_SPACE = (
-    "no space left for --workdir={}; free some and run the same command again: what was saved is "
-    "whole, and the run goes on from its last checkpoint"
-)
 CROPS_FILE, PATCHES_FILE = "crops.png", "pca.png"
 LEFTOVERS = (CROPS_FILE, PATCHES_FILE, BAD_IMAGES_FILE, NONFINITE_FOLDER)
 
@@ -81,10 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, WorkdirError, distributed.HostError) as error:
         return fail(error, WRONG_INPUT)
     except Exception as error:
-        end_all(error, disk_full=NO_SPACE.format(workdir))
-        if not is_disk_full(error):
+        end_all(error, workdir=workdir)
+        known = known_end(error, workdir=workdir)
+        if known is None:
             raise
-        return fail(NO_SPACE.format(workdir), STOPPED)
+        return fail(*known)
 
 
 def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopSignals) -> int:
@@ -99,7 +96,7 @@ def train(config, flags: argparse.Namespace, workdir: epath.Path, signals: StopS
         last=config.checkpoints.keep_last, every_steps=config.checkpoints.keep_every_steps
     )
     with contextlib.ExitStack() as stack:
-        end = functools.partial(end_all, disk_full=NO_SPACE.format(workdir))
+        end = functools.partial(end_all, workdir=workdir)
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", keep, on_failure=end)
         )

@@ -2,6 +2,7 @@
 
 import errno
 
+import jax
 import pytest
 
 from dinov2_jax import commands
@@ -36,11 +37,24 @@ def test_what_is_right_or_a_mistake_of_ours(capsys):
         run_command(lambda: 1 / 0)
 
 
-def test_ends_all_with_the_error_or_what_to_do_about_a_full_disk(monkeypatch):
+def test_ends_all_with_the_error_or_what_to_do_about_what_is_used_up(monkeypatch):
     rung = []
     monkeypatch.setattr(commands.alarm, "ring", lambda *args, **kwargs: rung.append((args, kwargs)))
-    quota = RuntimeError("quota")
-    commands.end_all(quota, disk_full="free some")
+    quota = RuntimeError("quota RESOURCE_EXHAUSTED")  # none of the devices'
+    commands.end_all(quota, workdir="runs/a")
     assert rung == [((quota, 1), {"has_traceback": True})]
-    commands.end_all(OSError(errno.ENOSPC, "full"), disk_full="free some")
-    assert rung[1] == (("free some", 1), {})
+    commands.end_all(OSError(errno.ENOSPC, "full"), workdir="runs/a")
+    (line, code), details = rung[1]
+    assert line.startswith("no space left for --workdir=runs/a; free") and (code, details) == (
+        1,
+        {},
+    )
+
+
+def test_a_device_without_enough_memory_is_wrong_input_and_says_what_lowers_it():
+    """A real refusal: so many bytes have no addresses."""
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(2**45))())
+    line, code = commands.known_end(caught.value, workdir="runs/a")
+    assert code == 2 and "mesh.fsdp" in line and "docs/pods.md" in line
+    assert line.startswith("the memory of a device does not suffice (RESOURCE_EXHAUSTED: Out of")
