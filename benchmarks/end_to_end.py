@@ -45,6 +45,8 @@ def run_ours(options, links: str, workdir: str, steps: int) -> list[str]:
         "mesh.data": 1,
         "model.drop_path_rate": options.drop_path_rate,
         "loader.num_workers": options.workers,
+        # After the last step only: by default a longer run saves more often, and that is left over.
+        **{f"{what}_every_steps": 0 for what in ("checkpoint", "eval", "teacher")},
         **{f"{head}.num_prototypes": options.prototypes for head in ("dino", "ibot")},
         **{f"{head}.bottleneck_dim": BOTTLENECK for head in ("dino", "ibot")},
     }

@@ -162,7 +162,7 @@ def get_config() -> ConfigDict:
     config.drop_path_form = "auto"
     # Prototype losses: dense (logits [rows, k]) | blocks (of prototypes: memory does not grow with
     # k) | pallas (blocks by kernels; TPU) | auto (pallas on TPU, and elsewhere blocks where dense
-    # logits take above 2 GiB on a device).
+    # logits take above 2 GiB of a device, or an eighth of the memory of an A100, H100 or H200).
     config.heads = "auto"
     config.head_block_size = 0  # prototypes of a block on one device; 0: by the number of rows
     config.scan_unroll = 1  # blocks unrolled in each turn of the scan over depth

@@ -16,7 +16,8 @@ CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 # Options for `jax.jit`: of the step alone, unlike XLA_FLAGS. Those of MaxText and NVIDIA.
 PRESETS: dict[str, dict[str, str | bool | int]] = {
     "": {},
-    # Products by XLA's older library, which is a tenth faster than the one it takes by itself.
+    # Products by XLA's older library. Alone they are no faster than by the one that it takes of
+    # itself, but whole steps were a little, where they were measured: docs/performance.md.
     "cpu_products": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
     # Collectives run while the cores compute, fused with what needs or makes their data.
     "tpu_overlap": {

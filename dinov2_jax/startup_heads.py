@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from dinov2_jax import report, sharding
+from dinov2_jax.cost.chips import gpu_memory_bytes
 from dinov2_jax.data.masking import BlockMasks
 from dinov2_jax.losses import cross_entropy_pallas
 from dinov2_jax.losses.blocks import choose_layout
@@ -31,10 +32,14 @@ def build_masks(config) -> BlockMasks:
 
 def build_heads(config, mesh: Mesh) -> HeadMode:
     """What `heads` means on the mesh's devices, for this many rows and prototypes."""
+    device = mesh.devices.flat[0]  # which need not be this machine's
     return choose_head_mode(
         config.heads,
-        platform=mesh.devices.flat[0].platform,  # which need not be this machine's
+        platform=device.platform,
         logit_bytes=logit_bytes(config, mesh),
+        # By the name of the board, which is the same on all hosts and in the compile check: what a
+        # device says of its memory differs a little, and all must choose alike.
+        memory_bytes=gpu_memory_bytes(device.device_kind),
         block_size=config.head_block_size,
     )
 

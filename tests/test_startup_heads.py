@@ -8,6 +8,7 @@ import pytest
 
 from dinov2_jax import startup_heads
 from dinov2_jax.config import REPOSITORY, load_config
+from dinov2_jax.cost.chips import GPUS, gpu_memory_bytes
 from dinov2_jax.cost.topology import open_topology
 from dinov2_jax.losses.head_modes import BlockHeads, DenseHeads
 from dinov2_jax.sharding import make_mesh
@@ -20,6 +21,19 @@ def build(*overrides: tuple[str, str], **mesh: int):
     config = load_config(CONFIG, (("data.path", "photos:"), *overrides))
     mesh = make_mesh(**{"data": 1, "fsdp": 1, "model": 8} | mesh)
     return startup_heads.build_heads(config, mesh), startup_heads.logit_bytes(config, mesh)
+
+
+def load_batch(size: int):
+    """The recipe with a batch of one group."""
+    overrides = [("global_batch_size", str(size)), ("group_size", str(size))]
+    return load_config(CONFIG, overrides, needs_data=False)
+
+
+def one_device(platform: str, device_kind: str):
+    """A mesh of a device that is not there."""
+    device = types.SimpleNamespace(platform=platform, device_kind=device_kind)
+    shape = {"data": 1, "fsdp": 1, "model": 1}
+    return types.SimpleNamespace(devices=np.array([device]), shape=shape)
 
 
 @pytest.mark.parametrize(
@@ -41,12 +55,34 @@ def test_the_choice_follows_batch_and_configuration(overrides, expected):
 )
 def test_the_choice_is_that_of_the_mesh_and_not_of_this_machine(platform, expected):
     """The compile check, on a CPU, must compile what a TPU will run."""
-    devices = np.array([types.SimpleNamespace(platform=platform)])
-    mesh = types.SimpleNamespace(devices=devices, shape={"data": 1, "fsdp": 1, "model": 1})
-    config = load_config(
-        CONFIG, [("global_batch_size", "8"), ("group_size", "8")], needs_data=False
-    )
-    assert startup_heads.build_heads(config, mesh) == expected
+    assert startup_heads.build_heads(load_batch(8), one_device(platform, "")) == expected
+
+
+@pytest.mark.parametrize(
+    ("device_kinds", "batch_size", "expected"),
+    [
+        # The board, and its name in a topology: the run and the compile check choose alike.
+        (("NVIDIA H100 80GB HBM3", "h100"), 64, DenseHeads()),
+        (("NVIDIA H100 80GB HBM3", "h100"), 96, BlockHeads()),
+        (("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe", "a100"), 64, DenseHeads()),
+        (("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe", "a100"), 96, BlockHeads()),
+        (("NVIDIA H200", "h200"), 128, DenseHeads()),
+        # Other memory than its namesakes', and what is not known: as if it were small.
+        (("NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"), 32, BlockHeads()),
+    ],
+)
+def test_a_gpu_with_more_memory_keeps_dense_heads_for_longer(device_kinds, batch_size, expected):
+    """ViT-S with 131,072 prototypes: 4.4 GB for 32 images, 8.8, 13.2 and 17.6."""
+    for device_kind in device_kinds:
+        mesh = one_device("gpu", device_kind)
+        assert startup_heads.build_heads(load_batch(batch_size), mesh) == expected, device_kind
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("name", GPUS)
+def test_the_devices_of_a_topology_have_the_memory_of_their_board(name):
+    (device,) = open_topology(f"cuda:{name}:1x1").devices
+    assert gpu_memory_bytes(device.device_kind) == GPUS[name].memory_bytes
 
 
 def test_logits_are_shared_by_devices_and_belong_to_losses():

@@ -263,3 +263,20 @@ def chip_of(device_kind: str) -> Chip | None:
         if re.fullmatch(pattern, device_kind):
             return known[name]
     return None
+
+
+# Boards with the memory that `GPUS` says, and what jax calls a topology's devices. An A100 of 40 GB
+# has another, and so has a slice of a GPU (MIG).
+_GPU_KINDS = {
+    "NVIDIA A100-SXM4-80GB|NVIDIA A100 80GB PCIe|a100": "a100",
+    "NVIDIA H100 80GB HBM3|h100": "h100",
+    "NVIDIA H200|h200": "h200",
+}
+
+
+def gpu_memory_bytes(device_kind: str) -> int | None:
+    """All the memory of a GPU, which may be a topology's; None where it is not known."""
+    for pattern, name in _GPU_KINDS.items():
+        if re.fullmatch(pattern, device_kind):
+            return GPUS[name].memory_bytes
+    return None

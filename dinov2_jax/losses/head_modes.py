@@ -251,29 +251,31 @@ class BlockHeads:
         )
 
 
-# On a CPU dense heads are faster, so blocks are for what would not fit; on a TPU kernels win in
-# both. docs/performance.md, "Prototype losses", has the measurements.
+# Dense heads are fewer products, and faster on a CPU, so blocks are for what would not fit; on a
+# TPU kernels win in both. docs/performance.md, "Prototype losses", has the measurements.
 MAX_DENSE_BYTES = 2 * 2**30
+MAX_DENSE_SHARE = 1 / 8
 
 
 def choose_head_mode(
-    heads: str, *, platform: str, logit_bytes: int, block_size: int = 0
+    heads: str, *, platform: str, logit_bytes: int, memory_bytes: int | None, block_size: int = 0
 ) -> HeadMode:
     """The mode that `heads` ("auto", "dense", "blocks" or "pallas") means.
 
     Args:
       heads: "pallas" is blocks by kernels; "auto" is that on a TPU, and blocks wherever else dense
-        heads take above `MAX_DENSE_BYTES`.
+        heads take more than `MAX_DENSE_SHARE` of `memory_bytes`, or than `MAX_DENSE_BYTES`.
       platform: of the devices, such as "cpu" or "tpu".
       logit_bytes: what dense heads would take on one device.
+      memory_bytes: of one device; None where it is not known, or not its own.
       block_size: of `BlockHeads`.
 
     Raises:
       ValueError: kernels for another platform than a TPU.
     """
     if heads == "auto":
-        is_large = logit_bytes > MAX_DENSE_BYTES
-        heads = "pallas" if platform == "tpu" else "blocks" if is_large else "dense"
+        most = MAX_DENSE_SHARE * memory_bytes if memory_bytes else MAX_DENSE_BYTES
+        heads = "pallas" if platform == "tpu" else "blocks" if logit_bytes > most else "dense"
     if heads == "pallas" and platform != "tpu":
         raise ValueError(f"heads='pallas' needs a TPU, not {platform}; use 'auto' or 'blocks'")
     return DenseHeads() if heads == "dense" else BlockHeads(block_size, heads == "pallas")

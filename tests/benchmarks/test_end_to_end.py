@@ -48,6 +48,15 @@ def test_our_command_is_one_of_the_trainer():
     assert config.ibot.separate_head and config.centering.kind == "sinkhorn_knopp"
 
 
+@pytest.mark.parametrize("steps", [3, 1000])
+def test_a_run_of_any_length_saves_once(steps):
+    """What it saves on the way would grow with the steps, and stay in the difference."""
+    flags = parse_flags(end_to_end.run_ours(OPTIONS, "links", "workdir", steps)[3:])
+    config = load_config(flags.config, flags.overrides)
+    names = ("checkpoint_every_steps", "eval_every_steps", "teacher_every_steps")
+    assert [config[name] for name in names] == [0, 0, 0]
+
+
 def test_the_other_command_gives_its_script_the_same_sizes():
     python, script, text = end_to_end.run_lightly(OPTIONS, "links", "workdir", 13)
     assert python == OPTIONS.lightly_python and pathlib.Path(script).is_file()

@@ -91,21 +91,28 @@ def test_blocks_step_as_dense_heads_do(case, has_kernels):
 
 
 @pytest.mark.parametrize(
-    ("heads", "platform", "logit_bytes", "expected"),
+    ("heads", "platform", "logit_bytes", "memory_bytes", "expected"),
     [
-        ("auto", "cpu", head_modes.MAX_DENSE_BYTES, DenseHeads()),
-        ("auto", "cpu", head_modes.MAX_DENSE_BYTES + 1, BlockHeads(8)),
-        ("auto", "gpu", 0, DenseHeads()),
-        ("auto", "tpu", 0, BlockHeads(8, has_kernels=True)),
-        ("pallas", "tpu", 0, BlockHeads(8, has_kernels=True)),
-        ("blocks", "tpu", 0, BlockHeads(8)),
-        ("dense", "tpu", 2**40, DenseHeads()),
-        ("blocks", "cpu", 0, BlockHeads(8)),
+        ("auto", "cpu", head_modes.MAX_DENSE_BYTES, None, DenseHeads()),
+        ("auto", "cpu", head_modes.MAX_DENSE_BYTES + 1, None, BlockHeads(8)),
+        ("auto", "gpu", head_modes.MAX_DENSE_BYTES + 1, None, BlockHeads(8)),
+        ("auto", "gpu", 10 * 2**30, 80 * 2**30, DenseHeads()),
+        ("auto", "gpu", 10 * 2**30 + 1, 80 * 2**30, BlockHeads(8)),
+        ("auto", "tpu", 2**40, None, BlockHeads(8, has_kernels=True)),
+        ("pallas", "tpu", 0, None, BlockHeads(8, has_kernels=True)),
+        ("blocks", "tpu", 0, None, BlockHeads(8)),
+        ("dense", "tpu", 2**40, None, DenseHeads()),
+        ("dense", "gpu", 2**40, 80 * 2**30, DenseHeads()),
+        ("blocks", "cpu", 0, None, BlockHeads(8)),
     ],
 )
-def test_the_choice(heads, platform, logit_bytes, expected):
+def test_the_choice(heads, platform, logit_bytes, memory_bytes, expected):
     got = head_modes.choose_head_mode(
-        heads, platform=platform, logit_bytes=logit_bytes, block_size=8
+        heads,
+        platform=platform,
+        logit_bytes=logit_bytes,
+        memory_bytes=memory_bytes,
+        block_size=8,
     )
     assert got == expected
 
@@ -113,4 +120,4 @@ def test_the_choice(heads, platform, logit_bytes, expected):
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_kernels_need_a_tpu(platform):
     with pytest.raises(ValueError, match=f"heads='pallas' needs a TPU, not {platform}; use 'auto'"):
-        head_modes.choose_head_mode("pallas", platform=platform, logit_bytes=0)
+        head_modes.choose_head_mode("pallas", platform=platform, logit_bytes=0, memory_bytes=None)
