@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -88,14 +89,12 @@ def detect(environ: Mapping[str, str], *, has_tpu: bool) -> dict[str, Any] | Non
                 f"and, in each process, {COUNT}=$OMPI_COMM_WORLD_SIZE and "
                 f"{INDEX}=$OMPI_COMM_WORLD_RANK, or --distributed=off"
             )
-        return {"cluster_detection_method": "ompi"}
+        is_alone = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+        return {"cluster_detection_method": "ompi", **_local_devices(environ, is_alone=is_alone)}
     if all(environ.get(name) for name in _SLURM) and int(environ["SLURM_NTASKS"]) > 1:
-        gpus = int(environ.get("SLURM_GPUS_ON_NODE") or 0)
         tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_NTASKS_PER_NODE", "")
-        # JAX gives a task of SLURM one GPU; a task that is alone on its node gets them all.
-        is_alone = tasks.split("(")[0] == "1" and gpus > 1
-        local = {"local_device_ids": list(range(gpus))} if is_alone else {}
-        return {"cluster_detection_method": "slurm", **local}
+        is_alone = re.fullmatch(r"1(\(x\d+\))?", tasks) is not None
+        return {"cluster_detection_method": "slurm", **_local_devices(environ, is_alone=is_alone)}
     if environ.get("KUBERNETES_SERVICE_HOST") and environ.get("JOB_COMPLETION_INDEX"):
         if importlib.util.find_spec("kubernetes") is None:
             raise HostError(
@@ -104,6 +103,15 @@ def detect(environ: Mapping[str, str], *, has_tpu: bool) -> dict[str, Any] | Non
             )
         return {"cluster_detection_method": "k8s"}
     return None
+
+
+def _local_devices(environ: Mapping[str, str], *, is_alone: bool) -> dict[str, Any]:
+    """JAX gives a process of OpenMPI or SLURM one GPU; one alone on its node gets them all.
+
+    An empty list cuts nothing off, where None is the one GPU: so nobody has to count them.
+    """
+    is_chosen = bool(environ.get("JAX_LOCAL_DEVICE_IDS"))
+    return {"local_device_ids": []} if is_alone and not is_chosen else {}
 
 
 def has_cloud_tpu() -> bool:

@@ -14,6 +14,7 @@ SLURM = dict(
     SLURM_PROCID="1",
     SLURM_LOCALID="0",
 )
+OPENMPI = dict(OMPI_MCA_orte_hnp_uri="1.0;tcp://a:1", OMPI_COMM_WORLD_SIZE="2")
 
 
 @pytest.mark.parametrize(
@@ -35,23 +36,35 @@ SLURM = dict(
         ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, None),
         # One GPU a task is JAX's own rule; a task alone on its node gets all of them.
         (
-            SLURM | dict(SLURM_STEP_TASKS_PER_NODE="1(x4)", SLURM_GPUS_ON_NODE="8"),
-            dict(cluster_detection_method="slurm", local_device_ids=list(range(8))),
+            SLURM | dict(SLURM_STEP_TASKS_PER_NODE="1(x4)"),
+            dict(cluster_detection_method="slurm", local_device_ids=[]),
+        ),
+        *(
+            (SLURM | dict(SLURM_STEP_TASKS_PER_NODE=tasks), dict(cluster_detection_method="slurm"))
+            for tasks in ("8(x4)", "1(x3),8", "16(x4)")
         ),
         (
-            SLURM | dict(SLURM_STEP_TASKS_PER_NODE="8(x4)", SLURM_GPUS_ON_NODE="8"),
+            SLURM | dict(SLURM_STEP_TASKS_PER_NODE="1(x4)", JAX_LOCAL_DEVICE_IDS="2,3"),
             dict(cluster_detection_method="slurm"),
         ),
         (
-            dict(OMPI_MCA_orte_hnp_uri="1.0;tcp://a:1", OMPI_COMM_WORLD_SIZE="2"),
+            OPENMPI | dict(OMPI_COMM_WORLD_LOCAL_SIZE="2"),
+            dict(cluster_detection_method="ompi"),
+        ),
+        (
+            OPENMPI | dict(OMPI_COMM_WORLD_LOCAL_SIZE="1"),
+            dict(cluster_detection_method="ompi", local_device_ids=[]),
+        ),
+        (
+            OPENMPI | dict(OMPI_COMM_WORLD_LOCAL_SIZE="1", JAX_LOCAL_DEVICE_IDS="2,3"),
             dict(cluster_detection_method="ompi"),
         ),
         # `mpirun` starts its daemons by `srun`: tasks of SLURM, of one number a node.
         (
-            dict(OMPI_MCA_orte_hnp_uri="1.0;tcp://a:1", OMPI_COMM_WORLD_SIZE="8", **SLURM),
+            OPENMPI | SLURM,
             dict(cluster_detection_method="ompi"),
         ),
-        (dict(OMPI_MCA_orte_hnp_uri="1.0;tcp://a:1", OMPI_COMM_WORLD_SIZE="1"), None),
+        (OPENMPI | dict(OMPI_COMM_WORLD_SIZE="1"), None),
         (dict(KUBERNETES_SERVICE_HOST="10.0.0.1"), None),  # a notebook in a cluster
     ],
 )
