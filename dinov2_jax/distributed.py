@@ -63,12 +63,10 @@ def detect(environ: Mapping[str, str], *, has_tpu: bool) -> dict[str, Any] | Non
         them is missing.
     """
     given = [name for name in (ADDRESS, COUNT, INDEX) if environ.get(name)]
+    cure = f"set {ADDRESS}, {COUNT} and {INDEX} together, or --distributed=off"
     if COUNT in given or INDEX in given:
         if len(given) < 3:
-            raise HostError(
-                f"{' and '.join(given)} without the others; set {ADDRESS}, {COUNT} and {INDEX} "
-                "together, or --distributed=off"
-            )
+            raise HostError(f"{' and '.join(given)} without the others; {cure}")
         try:
             count, index = int(environ[COUNT]), int(environ[INDEX])
         except ValueError as error:
@@ -102,14 +100,16 @@ def detect(environ: Mapping[str, str], *, has_tpu: bool) -> dict[str, Any] | Non
                 "installed; pip install 'jax[k8s]', or use --distributed=off for a single pod"
             )
         return {"cluster_detection_method": "k8s"}
+    # Beside a cluster's variables the address alone names another port or host; here it is a start
+    # whose other half is missing, unless a launcher says that it has started one process.
+    if given and "1" not in (environ.get("SLURM_NTASKS"), environ.get("OMPI_COMM_WORLD_SIZE")):
+        raise HostError(f"{ADDRESS} without the others; {cure}")
     return None
 
 
 def _local_devices(environ: Mapping[str, str], *, is_alone: bool) -> dict[str, Any]:
-    """JAX gives a process of OpenMPI or SLURM one GPU; one alone on its node gets them all.
-
-    An empty list cuts nothing off, where None is the one GPU: so nobody has to count them.
-    """
+    # JAX would give a process of OpenMPI or SLURM one GPU. An empty list cuts none off: one that is
+    # alone on its node gets them all, and nobody has to count them.
     is_chosen = bool(environ.get("JAX_LOCAL_DEVICE_IDS"))
     return {"local_device_ids": []} if is_alone and not is_chosen else {}
 
@@ -173,7 +173,8 @@ def initialize(mode: str = "auto") -> None:
             return
         raise HostError(
             "--distributed=on, but nothing says where the other processes are: start them by "
-            f"SLURM, OpenMPI, Kubernetes or on Cloud TPU, or set {ADDRESS}, {COUNT} and {INDEX}"
+            f"SLURM, OpenMPI, Kubernetes or on Cloud TPU, or set {ADDRESS}, {COUNT} and {INDEX}; "
+            "a single process needs --distributed=auto"
         )
     try:
         is_lone = mode == "auto" and arguments == {} and is_lone_tpu(os.environ)
