@@ -1,8 +1,13 @@
 """What the launch scripts do: stand-ins for gcloud, xpk and srun keep what they are given."""
 
+import ast
+import os
 import re
 import shlex
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 
@@ -112,3 +117,39 @@ def test_xpk_passes_the_flags_as_they_are(tmp_path):
     # As long as the other recipes give: its own 30 s are short for a large model's checkpoint.
     assert options["--termination-grace-period-seconds"] == "300"
     assert shlex.split(options["--command"])[-2:] == list(FLAGS)
+
+
+# Stands for a process that takes a second to save: its files say when it has begun, and saved.
+SAVES = """#!{python}
+import os, pathlib, signal, sys, time
+here = pathlib.Path({folder!r}) / os.environ["JAX_PROCESS_ID"]
+def save(*_):
+    time.sleep(1)
+    here.with_suffix(".saved").write_text(repr(sys.argv[1:]))
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+here.with_suffix(".begun").touch()
+time.sleep(30)
+"""
+
+
+def test_the_rehearsal_waits_for_its_processes_when_it_is_told_to_stop(tmp_path):
+    """It did not, where the signal interrupted its own wait: they went on without it."""
+    python = tmp_path / "python"
+    python.write_text(SAVES.format(python=sys.executable, folder=str(tmp_path)))
+    python.chmod(0o755)
+    command = [LAUNCH / "local_multiprocess.sh", "3", "1", "--", "--config=configs/quickstart.py"]
+    launcher = subprocess.Popen(command, env=os.environ | {"PYTHON": str(python)})
+    try:
+        deadline = time.monotonic() + 30
+        while len(list(tmp_path.glob("*.begun"))) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(timeout=30) == 143
+    finally:
+        launcher.kill()
+    saved = [ast.literal_eval(path.read_text()) for path in tmp_path.glob("*.saved")]
+    assert len(saved) == 3
+    for module, name, *flags in saved:
+        assert (module, name) == ("-m", "dinov2_jax.train") and parse_flags(flags)
