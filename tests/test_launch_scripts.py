@@ -119,6 +119,42 @@ def test_xpk_passes_the_flags_as_they_are(tmp_path):
     assert shlex.split(options["--command"])[-2:] == list(FLAGS)
 
 
+def submitted(tmp_path, *flags: str, code=0, **environment):
+    """The words that slurm.sbatch gives to srun, which exits with a code, and to scontrol."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_text(f"PATH={tmp_path}:$PATH\n")
+    for name, status in (("srun", code), ("scontrol", 0)):
+        stub = tmp_path / name
+        stub.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/{name}.log\nexit {status}\n')
+        stub.chmod(0o755)
+    environment |= {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "SLURM_JOB_ID": "7"}
+    environment |= {"SLURM_SUBMIT_DIR": str(tmp_path), "VENV": str(tmp_path)}
+    script = ["bash", LAUNCH / "slurm.sbatch", *flags]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=20)
+    assert done.returncode == code, done.stderr
+    requeue = tmp_path / "scontrol.log"
+    srun = (tmp_path / "srun.log").read_text().splitlines()
+    return srun, requeue.read_text().split() if requeue.exists() else None
+
+
+@pytest.mark.parametrize(("nodes", "distributed"), [("1", "auto"), ("4", "on")])
+def test_slurm_starts_one_node_and_several(tmp_path, nodes, distributed):
+    """`on` refuses a single task, which finds no others."""
+    srun, requeue = submitted(tmp_path, *FLAGS, SLURM_JOB_NUM_NODES=nodes)
+    start = srun.index("python")
+    assert srun[start + 1 : start + 3] == ["-m", "dinov2_jax.train"]
+    flags = parse_flags(srun[start + 3 :])
+    assert flags.distributed == distributed
+    assert flags.overrides == [tuple(PATTERN.removeprefix("--config.").split("=", 1))]
+    assert requeue is None
+
+
+@pytest.mark.parametrize("code", [1, 2, 134, 143])
+def test_slurm_queues_again_what_was_saved_and_stopped_and_nothing_else(tmp_path, code):
+    _, requeue = submitted(tmp_path, *FLAGS, SLURM_JOB_NUM_NODES="4", code=code)
+    assert requeue == (["requeue", "7"] if code == 143 else None)
+
+
 # Stands for a process that takes a second to save: its files say when it has begun, and saved.
 SAVES = """#!{python}
 import os, pathlib, signal, sys, time
