@@ -149,6 +149,13 @@ def test_slurm_starts_one_node_and_several(tmp_path, nodes, distributed):
     assert requeue is None
 
 
+@pytest.mark.parametrize("given", [{}, {"SLURM_CPUS_PER_TASK": "64"}], ids=["unset", "64"])
+def test_slurm_gives_a_task_its_cpus(tmp_path, given):
+    srun, _ = submitted(tmp_path, *FLAGS, **given)
+    options = srun[: srun.index("python")]
+    assert options == ["--kill-on-bad-exit=0", *(["--cpus-per-task=64"] if given else [])]
+
+
 @pytest.mark.parametrize("code", [1, 2, 134, 143])
 def test_slurm_queues_again_what_was_saved_and_stopped_and_nothing_else(tmp_path, code):
     _, requeue = submitted(tmp_path, *FLAGS, SLURM_JOB_NUM_NODES="4", code=code)
