@@ -13,6 +13,7 @@ import pytest
 
 from dinov2_jax.config import REPOSITORY
 from dinov2_jax.flags import parse_flags
+from dinov2_jax.train import STOPPED
 from tests.test_launch import LAUNCH, jobset
 
 
@@ -116,7 +117,12 @@ def test_xpk_passes_the_flags_as_they_are(tmp_path):
     assert variables == [f"{name}={value}" for name, value in SHARED.items()]
     # As long as the other recipes give: its own 30 s are short for a large model's checkpoint.
     assert options["--termination-grace-period-seconds"] == "300"
-    assert shlex.split(options["--command"])[-2:] == list(FLAGS)
+    # 2 is not among them, nor among xpk's own: no restart cures what the command was given.
+    assert options["--restart-on-exit-codes"] == str(STOPPED)
+    assert int(options["--max-restarts"]) > 0
+    words = shlex.split(options["--command"])
+    assert words[:3] == ["python", "-m", "dinov2_jax.train"] and words[-2:] == list(FLAGS)
+    assert parse_flags(words[3:]).overrides
 
 
 def submitted(tmp_path, *flags: str, code=0, **environment):
