@@ -59,19 +59,30 @@ def test_tpu_vm_runs_the_flags_as_they_are_and_stops_nothing_but_the_run(tmp_pat
     words = shlex.split(run)
     assert {f"{name}={value}" for name, value in SHARED.items()} < set(words)
     assert "--workdir=gs://b/run 1" in words
-    assert parse_flags(words[words.index("dinov2_jax.train") + 1 : words.index(">")]).overrides
+    # Added to the log: what a run that has failed said is read after the next has begun.
+    assert words[words.index(">>") + 1] == "~/train.log" and ">" not in words
+    assert parse_flags(words[words.index("dinov2_jax.train") + 1 : words.index(">>")]).overrides
     (tmp_path / "log").unlink()
     ((*_, stop),), _ = commands(tmp_path, "tpu_vm.sh", "stop")
     pattern = shlex.split(stop)[3]
     assert re.search(pattern, run) and not re.search(pattern, stop)
 
 
-def test_tpu_vm_installs_a_python_that_the_package_allows(tmp_path):
+def test_tpu_vm_runs_nothing_without_flags(tmp_path):
+    (tmp_path / "log").touch()
+    found, error = commands(tmp_path, "tpu_vm.sh", "run", code=2)
+    assert not found and "run FLAGS" in error and "needs --config" in error
+
+
+def test_tpu_vm_installs_what_the_image_has_for_a_python_that_the_package_allows(tmp_path):
     (copy, (*_, setup)), _ = commands(tmp_path, "tpu_vm.sh", "setup")
     assert "scp" in copy
     (version,) = re.findall(r"--python (3\.\d+)", setup)
     assert f'python_requires=">={version}"' in (REPOSITORY / "setup.py").read_text()
-    assert f"FROM python:{version}-" in (LAUNCH / "Dockerfile").read_text()
+    image = (LAUNCH / "Dockerfile").read_text()
+    assert f"FROM python:{version}-" in image
+    (extras,) = re.findall(r"/dinov2_jax\[([\w,]+)\]'$", setup)
+    assert extras == re.search(r'extras="([^"]+)"', image)[1] + ",tpu"
 
 
 @pytest.mark.parametrize("queued", [{}, {"QUEUED": "1"}], ids=["at once", "queued"])
