@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from configs import base
+from dinov2_jax import compile as compile_command
 from dinov2_jax.config import REPOSITORY, load_config
 from dinov2_jax.config_rules import check_groups
 from dinov2_jax.flags import parse_flags
@@ -21,6 +22,7 @@ from dinov2_jax.train import WRONG_INPUT
 from tests.jobset_schema import JOBSET
 
 LAUNCH = REPOSITORY / "launch"
+PODS = REPOSITORY / "docs" / "pods.md"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 JOBSET_VERSION = "1.33"
 
@@ -128,13 +130,33 @@ def all_keys(config, prefix="") -> set[str]:
     return keys
 
 
-@pytest.mark.parametrize("path", sorted(LAUNCH.iterdir()), ids=lambda path: path.name)
-def test_flags_are_those_of_the_command(path):
+@pytest.mark.parametrize("path", [*sorted(LAUNCH.iterdir()), PODS], ids=lambda path: path.name)
+def test_keys_and_recipes_exist(path):
     text = path.read_text()
     keys = set(re.findall(r"--config\.([a-z_.]+)", text))
     assert keys <= all_keys(base.get_config())
     for name in re.findall(r"configs/\w+\.py", text):
         assert (REPOSITORY / name).exists(), name
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_the_flags_of_an_example_are_those_of_the_command(path):
+    """What a script itself gives to the command is parsed where it is run: tests beside this."""
+    header = path.read_text().partition("\nset -euo")[0].replace(" \\\n#", "")
+    examples = re.findall("^#   .*--config=.*", header, re.MULTILINE)
+    assert examples
+    for example in examples:
+        _, _, flags = example.rpartition(path.name)  # before it are those of sbatch
+        words = [word for word in shlex.split(flags) if re.match("--.", word)]
+        assert parse_flags(words).overrides
+
+
+def test_the_flags_of_commands_in_the_documentation_are_theirs():
+    blocks = "".join(re.findall(r"^```bash\n(.*?)^```", PODS.read_text(), re.DOTALL | re.MULTILINE))
+    commands = re.findall(r"python -m dinov2_jax\.(\w+) (.*)", blocks.replace("\\\n", ""))
+    assert commands
+    for name, flags in commands:
+        {"train": parse_flags, "compile": compile_command.parse_flags}[name](shlex.split(flags))
 
 
 def test_the_image_is_linted():
