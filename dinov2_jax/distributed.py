@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -62,12 +63,10 @@ def detect(environ: Mapping[str, str], *, has_tpu: bool) -> dict[str, Any] | Non
         them is missing.
     """
     given = [name for name in (ADDRESS, COUNT, INDEX) if environ.get(name)]
+    cure = f"set {ADDRESS}, {COUNT} and {INDEX} together, or --distributed=off"
     if COUNT in given or INDEX in given:
         if len(given) < 3:
-            raise HostError(
-                f"{' and '.join(given)} without the others; set {ADDRESS}, {COUNT} and {INDEX} "
-                "together, or --distributed=off"
-            )
+            raise HostError(f"{' and '.join(given)} without the others; {cure}")
         try:
             count, index = int(environ[COUNT]), int(environ[INDEX])
         except ValueError as error:
@@ -88,14 +87,12 @@ def detect(environ: Mapping[str, str], *, has_tpu: bool) -> dict[str, Any] | Non
                 f"and, in each process, {COUNT}=$OMPI_COMM_WORLD_SIZE and "
                 f"{INDEX}=$OMPI_COMM_WORLD_RANK, or --distributed=off"
             )
-        return {"cluster_detection_method": "ompi"}
+        is_alone = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+        return {"cluster_detection_method": "ompi", **_local_devices(environ, is_alone=is_alone)}
     if all(environ.get(name) for name in _SLURM) and int(environ["SLURM_NTASKS"]) > 1:
-        gpus = int(environ.get("SLURM_GPUS_ON_NODE") or 0)
         tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_NTASKS_PER_NODE", "")
-        # JAX gives a task of SLURM one GPU; a task that is alone on its node gets them all.
-        is_alone = tasks.split("(")[0] == "1" and gpus > 1
-        local = {"local_device_ids": list(range(gpus))} if is_alone else {}
-        return {"cluster_detection_method": "slurm", **local}
+        is_alone = re.fullmatch(r"1(\(x\d+\))?", tasks) is not None
+        return {"cluster_detection_method": "slurm", **_local_devices(environ, is_alone=is_alone)}
     if environ.get("KUBERNETES_SERVICE_HOST") and environ.get("JOB_COMPLETION_INDEX"):
         if importlib.util.find_spec("kubernetes") is None:
             raise HostError(
@@ -103,7 +100,18 @@ def detect(environ: Mapping[str, str], *, has_tpu: bool) -> dict[str, Any] | Non
                 "installed; pip install 'jax[k8s]', or use --distributed=off for a single pod"
             )
         return {"cluster_detection_method": "k8s"}
+    # Beside a cluster's variables the address alone names another port or host; here it is a start
+    # whose other half is missing, unless a launcher says that it has started one process.
+    if given and "1" not in (environ.get("SLURM_NTASKS"), environ.get("OMPI_COMM_WORLD_SIZE")):
+        raise HostError(f"{ADDRESS} without the others; {cure}")
     return None
+
+
+def _local_devices(environ: Mapping[str, str], *, is_alone: bool) -> dict[str, Any]:
+    # JAX would give a process of OpenMPI or SLURM one GPU. An empty list cuts none off: one that is
+    # alone on its node gets them all, and nobody has to count them.
+    is_chosen = bool(environ.get("JAX_LOCAL_DEVICE_IDS"))
+    return {"local_device_ids": []} if is_alone and not is_chosen else {}
 
 
 def has_cloud_tpu() -> bool:
@@ -165,7 +173,8 @@ def initialize(mode: str = "auto") -> None:
             return
         raise HostError(
             "--distributed=on, but nothing says where the other processes are: start them by "
-            f"SLURM, OpenMPI, Kubernetes or on Cloud TPU, or set {ADDRESS}, {COUNT} and {INDEX}"
+            f"SLURM, OpenMPI, Kubernetes or on Cloud TPU, or set {ADDRESS}, {COUNT} and {INDEX}; "
+            "a single process needs --distributed=auto"
         )
     try:
         is_lone = mode == "auto" and arguments == {} and is_lone_tpu(os.environ)

@@ -24,24 +24,41 @@ export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-$((20000 + RANDOM % 20000))}
 export JAX_NUM_PROCESSES=$processes
 
-pids=()
+# What nobody writes: reading it is waiting, without the child that `sleep` would be.
+pipe=$(mktemp -u)
+mkfifo -m 600 "$pipe"
+exec 3<>"$pipe"
+rm "$pipe"
+
+pids=() stop=
+trap 'stop=1' TERM INT # passed on below, when all have started
 for ((i = 0; i < processes; i++)); do
-    JAX_PROCESS_ID=$i "${PYTHON:-python}" -m dinov2_jax.train "$@" &
+    JAX_PROCESS_ID=$i "${PYTHON:-python}" -m dinov2_jax.train "$@" 3<&- &
     pids+=($!)
 done
-# The processes save and stop.
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 
-code=0 left=$processes
-while ((left > 0)); do
-    status=0 ended=
-    wait -n -p ended || status=$?
-    if [[ -z $ended ]]; then continue; fi # a signal has ended the wait, and no process
-    left=$((left - 1))
-    if [[ $code -eq 0 ]]; then code=$status; fi
-    # Stopped by a signal, they all save and stop; after a failure the others would only wait.
-    if [[ $status -ne 0 && $status -ne 143 && $status -ne 130 ]]; then
-        kill -KILL "${pids[@]}" 2>/dev/null || true
+# A look every second: `wait -n` may lose a process that ends when a signal comes.
+code=0 running=("${pids[@]}")
+while ((${#running[@]} > 0)); do
+    read -r -t 1 -u 3 || true
+    if [[ -n $stop ]]; then # the processes save and stop
+        stop=
+        kill -TERM "${running[@]}" 2>/dev/null || true
     fi
+    left=()
+    for pid in "${running[@]}"; do
+        if kill -0 "$pid" 2>/dev/null; then
+            left+=("$pid")
+            continue
+        fi
+        status=0
+        wait "$pid" || status=$?
+        if [[ $code -eq 0 ]]; then code=$status; fi
+        # Stopped by a signal, they all save and stop; after a failure the others would only wait.
+        if [[ $status -ne 0 && $status -ne 143 && $status -ne 130 ]]; then
+            kill -KILL "${pids[@]}" 2>/dev/null || true
+        fi
+    done
+    running=(${left[@]+"${left[@]}"}) # an empty one is unbound before bash 4.4, as on macOS
 done
 exit "$code"

@@ -3,8 +3,8 @@
 #
 #   launch/tpu_vm.sh create            asks for the slice and waits until it is there
 #   launch/tpu_vm.sh setup             copies the last commit to every host and installs it
-#   launch/tpu_vm.sh run [FLAGS]       starts, or resumes, the run on every host
-#   launch/tpu_vm.sh logs              follows the first host's output
+#   launch/tpu_vm.sh run FLAGS         starts, or resumes, the run on every host; needs --config
+#   launch/tpu_vm.sh logs              follows the first host's output, to which every run adds
 #   launch/tpu_vm.sh stop              SIGTERM: all hosts save together and stop
 #   launch/tpu_vm.sh delete
 #
@@ -82,10 +82,12 @@ setup)
     # The images are Ubuntu 22.04, whose python3 is 3.10: too old. uv brings its own.
     everywhere "tar xzf dinov2_jax.tar.gz && python3 -m pip install --quiet --user uv &&
         ~/.local/bin/uv venv --quiet --allow-existing --python 3.11 ~/venv &&
-        ~/.local/bin/uv pip install --quiet --python ~/venv/bin/python -e './dinov2_jax[tpu,gcs]'"
+        ~/.local/bin/uv pip install --quiet --python ~/venv/bin/python \
+            -e './dinov2_jax[gcs,data,quickstart,tpu]'"
     ;;
 run)
     shift
+    if [[ $# -eq 0 ]]; then usage; fi
     : "${WORKDIR:?set WORKDIR to gs://bucket/folder}"
     flags=$(printf ' %q' "$@")
     # In the background of every host, so that a lost connection does not end the run.
@@ -94,7 +96,7 @@ run)
     everywhere "cd dinov2_jax && DINOV2_JAX_TAR_INDEX=$(printf %q "$index") \
         JAX_COMPILATION_CACHE_DIR=$(printf %q "$compiled") nohup \
         ~/venv/bin/python -m dinov2_jax.train --distributed=on \
-        --workdir=$(printf %q "$WORKDIR")$flags > ~/train.log 2>&1 < /dev/null & sleep 5; tail -n 3 ~/train.log"
+        --workdir=$(printf %q "$WORKDIR")$flags >> ~/train.log 2>&1 < /dev/null & sleep 5; tail -n 3 ~/train.log"
     ;;
 logs)
     gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=0 --command 'tail -n 50 -F ~/train.log'

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of a GKE cluster by xpk (github.com/AI-Hypercomputer/xpk).
+# Trains on TPU slices of a GKE cluster by xpk 0.7.0 or later (github.com/AI-Hypercomputer/xpk).
 #
 #   launch/xpk.sh --config=configs/vitg14.py --config.mesh.fsdp=16 \
 #       --config.data.path='gs://bucket/images/*.tar' ...
@@ -27,12 +27,14 @@ else
 fi
 flags=$(printf ' %q' --distributed=on "--workdir=$WORKDIR" "$@")
 
+# Code 1 is what a restart may cure. xpk adds it to its own, 42 and 127 to 255: lost, killed, stopped.
 xpk workload create \
     --cluster "$CLUSTER" \
     --workload "${WORKLOAD:-dinov2-$(date +%m%d-%H%M)}" \
     --tpu-type "$TPU_TYPE" \
     --num-slices "$slices" \
     --max-restarts 20 \
+    --restart-on-exit-codes 1 \
     --termination-grace-period-seconds 300 \
     --env "DINOV2_JAX_TAR_INDEX=${DINOV2_JAX_TAR_INDEX:-${WORKDIR%/}/tar_index}" \
     --env "JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-${WORKDIR%/}/compiled}" \

@@ -14,6 +14,7 @@ SLURM = dict(
     SLURM_PROCID="1",
     SLURM_LOCALID="0",
 )
+OPENMPI = dict(OMPI_MCA_orte_hnp_uri="1.0;tcp://a:1", OMPI_COMM_WORLD_SIZE="2")
 
 
 @pytest.mark.parametrize(
@@ -31,27 +32,43 @@ SLURM = dict(
         ),
         (SLURM, dict(cluster_detection_method="slurm")),
         (SLURM | dict(SLURM_NTASKS="1"), None),
+        # Another address than that of the first node.
+        (SLURM | dict(JAX_COORDINATOR_ADDRESS="h:1"), dict(cluster_detection_method="slurm")),
+        (SLURM | dict(SLURM_NTASKS="1", JAX_COORDINATOR_ADDRESS="h:1"), None),
         # `salloc` without `srun`: no step.
         ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, None),
         # One GPU a task is JAX's own rule; a task alone on its node gets all of them.
         (
-            SLURM | dict(SLURM_STEP_TASKS_PER_NODE="1(x4)", SLURM_GPUS_ON_NODE="8"),
-            dict(cluster_detection_method="slurm", local_device_ids=list(range(8))),
+            SLURM | dict(SLURM_STEP_TASKS_PER_NODE="1(x4)"),
+            dict(cluster_detection_method="slurm", local_device_ids=[]),
+        ),
+        *(
+            (SLURM | dict(SLURM_STEP_TASKS_PER_NODE=tasks), dict(cluster_detection_method="slurm"))
+            for tasks in ("8(x4)", "1(x3),8", "16(x4)")
         ),
         (
-            SLURM | dict(SLURM_STEP_TASKS_PER_NODE="8(x4)", SLURM_GPUS_ON_NODE="8"),
+            SLURM | dict(SLURM_STEP_TASKS_PER_NODE="1(x4)", JAX_LOCAL_DEVICE_IDS="2,3"),
             dict(cluster_detection_method="slurm"),
         ),
         (
-            dict(OMPI_MCA_orte_hnp_uri="1.0;tcp://a:1", OMPI_COMM_WORLD_SIZE="2"),
+            OPENMPI | dict(OMPI_COMM_WORLD_LOCAL_SIZE="2"),
+            dict(cluster_detection_method="ompi"),
+        ),
+        (
+            OPENMPI | dict(OMPI_COMM_WORLD_LOCAL_SIZE="1"),
+            dict(cluster_detection_method="ompi", local_device_ids=[]),
+        ),
+        (
+            OPENMPI | dict(OMPI_COMM_WORLD_LOCAL_SIZE="1", JAX_LOCAL_DEVICE_IDS="2,3"),
             dict(cluster_detection_method="ompi"),
         ),
         # `mpirun` starts its daemons by `srun`: tasks of SLURM, of one number a node.
         (
-            dict(OMPI_MCA_orte_hnp_uri="1.0;tcp://a:1", OMPI_COMM_WORLD_SIZE="8", **SLURM),
+            OPENMPI | SLURM,
             dict(cluster_detection_method="ompi"),
         ),
-        (dict(OMPI_MCA_orte_hnp_uri="1.0;tcp://a:1", OMPI_COMM_WORLD_SIZE="1"), None),
+        (OPENMPI | dict(OMPI_COMM_WORLD_SIZE="1"), None),
+        (OPENMPI | dict(OMPI_COMM_WORLD_SIZE="1", JAX_COORDINATOR_ADDRESS="h:1"), None),
         (dict(KUBERNETES_SERVICE_HOST="10.0.0.1"), None),  # a notebook in a cluster
     ],
 )
@@ -189,8 +206,9 @@ def test_a_tpu_whose_library_knows_more_hosts_does_not_train_alone(
 
 
 def test_half_an_environment_is_refused():
-    with pytest.raises(HostError, match="JAX_NUM_PROCESSES without the others"):
-        detect(dict(JAX_NUM_PROCESSES="2"), has_tpu=False)
+    for name in ("JAX_NUM_PROCESSES", "JAX_COORDINATOR_ADDRESS"):
+        with pytest.raises(HostError, match=f"^{name} without the others; set .*distributed=off"):
+            detect({name: "2"}, has_tpu=False)
     wrong = dict(JAX_COORDINATOR_ADDRESS="h:1", JAX_NUM_PROCESSES="two", JAX_PROCESS_ID="0")
     with pytest.raises(HostError, match=r"must be whole numbers .*'two'"):
         detect(wrong, has_tpu=False)
@@ -206,7 +224,8 @@ def test_a_laptop_is_left_alone(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     distributed.initialize("auto")
     distributed.initialize("off")
-    with pytest.raises(HostError, match="nothing says where the other processes are"):
+    message = "nothing says where the other processes are.* single process needs --distributed=auto"
+    with pytest.raises(HostError, match=message):
         distributed.initialize("on")
     with pytest.raises(HostError, match="--distributed=maybe must be one of auto, on, off"):
         distributed.initialize("maybe")

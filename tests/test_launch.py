@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from configs import base
+from dinov2_jax import compile as compile_command
 from dinov2_jax.config import REPOSITORY, load_config
 from dinov2_jax.config_rules import check_groups
 from dinov2_jax.flags import parse_flags
@@ -21,6 +22,7 @@ from dinov2_jax.train import WRONG_INPUT
 from tests.jobset_schema import JOBSET
 
 LAUNCH = REPOSITORY / "launch"
+PODS = REPOSITORY / "docs" / "pods.md"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 JOBSET_VERSION = "1.33"
 
@@ -128,13 +130,33 @@ def all_keys(config, prefix="") -> set[str]:
     return keys
 
 
-@pytest.mark.parametrize("path", sorted(LAUNCH.iterdir()), ids=lambda path: path.name)
-def test_flags_are_those_of_the_command(path):
+@pytest.mark.parametrize("path", [*sorted(LAUNCH.iterdir()), PODS], ids=lambda path: path.name)
+def test_keys_and_recipes_exist(path):
     text = path.read_text()
     keys = set(re.findall(r"--config\.([a-z_.]+)", text))
     assert keys <= all_keys(base.get_config())
     for name in re.findall(r"configs/\w+\.py", text):
         assert (REPOSITORY / name).exists(), name
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_the_flags_of_an_example_are_those_of_the_command(path):
+    """What a script itself gives to the command is parsed where it is run: tests beside this."""
+    header = path.read_text().partition("\nset -euo")[0].replace(" \\\n#", "")
+    examples = re.findall("^#   .*--config=.*", header, re.MULTILINE)
+    assert examples
+    for example in examples:
+        _, _, flags = example.rpartition(path.name)  # before it are those of sbatch
+        words = [word for word in shlex.split(flags) if re.match("--.", word)]
+        assert parse_flags(words).overrides
+
+
+def test_the_flags_of_commands_in_the_documentation_are_theirs():
+    blocks = "".join(re.findall(r"^```bash\n(.*?)^```", PODS.read_text(), re.DOTALL | re.MULTILINE))
+    commands = re.findall(r"python -m dinov2_jax\.(\w+) (.*)", blocks.replace("\\\n", ""))
+    assert commands
+    for name, flags in commands:
+        {"train": parse_flags, "compile": compile_command.parse_flags}[name](shlex.split(flags))
 
 
 def test_the_image_is_linted():
@@ -165,109 +187,6 @@ def test_the_image_installs_extras_and_files_that_exist():
         if line.startswith("COPY"):
             for source in shlex.split(line)[1:-1]:
                 assert (REPOSITORY / source).exists(), source
-
-
-def commands(tmp_path, script: str, *arguments: str, says: str = "", code=0, **environment):
-    """The `gcloud` and `xpk` commands that a script runs, and its stderr; each prints `says`."""
-    for name in ("gcloud", "xpk"):
-        stub = tmp_path / name
-        record = f'for word in {name} "$@"; do printf "%s\\0" "$word"; done; printf "\\n\\0"'
-        stub.write_text(f"#!/bin/sh\necho '{says}'\n({record}) >> {tmp_path}/log\n")
-        stub.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "NAME": "n", "ZONE": "z"} | environment
-    environment |= {"WORKDIR": "gs://b/run 1", "CLUSTER": "c", "TPU_TYPE": "v5litepod-16"}
-    done = subprocess.run(
-        [LAUNCH / script, *arguments], env=environment, capture_output=True, text=True, timeout=20
-    )
-    assert done.returncode == code, done.stderr
-    words = (tmp_path / "log").read_text().split("\0\n\0")[:-1]
-    return [line.split("\0") for line in words], done.stderr
-
-
-# What a shell may change.
-PATTERN = "--config.data.path=gs://b/{000..127}.tar"
-FLAGS = ("--config=configs/vitg14.py", PATTERN)
-# What hosts find for each other, where all of them can write.
-SHARED = {
-    "DINOV2_JAX_TAR_INDEX": "gs://b/run 1/tar_index",
-    "JAX_COMPILATION_CACHE_DIR": "gs://b/run 1/compiled",
-}
-
-
-def test_the_hosts_of_a_jobset_share_index_and_programs():
-    (replicated,) = jobset()["spec"]["replicatedJobs"]
-    (container,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
-    workdir = parse_flags(container["args"]).workdir
-    shared = {variable["name"]: variable["value"] for variable in container["env"]}
-    assert shared == {
-        name: value.replace("gs://b/run 1", workdir) for name, value in SHARED.items()
-    }
-
-
-def test_tpu_vm_runs_the_flags_as_they_are_and_stops_nothing_but_the_run(tmp_path):
-    ((*_, run),), _ = commands(tmp_path, "tpu_vm.sh", "run", *FLAGS)
-    words = shlex.split(run)
-    assert {f"{name}={value}" for name, value in SHARED.items()} < set(words)
-    assert "--workdir=gs://b/run 1" in words
-    assert parse_flags(words[words.index("dinov2_jax.train") + 1 : words.index(">")]).overrides
-    (tmp_path / "log").unlink()
-    ((*_, stop),), _ = commands(tmp_path, "tpu_vm.sh", "stop")
-    pattern = shlex.split(stop)[3]
-    assert re.search(pattern, run) and not re.search(pattern, stop)
-
-
-def test_tpu_vm_installs_a_python_that_the_package_allows(tmp_path):
-    (copy, (*_, setup)), _ = commands(tmp_path, "tpu_vm.sh", "setup")
-    assert "scp" in copy
-    (version,) = re.findall(r"--python (3\.\d+)", setup)
-    assert f'python_requires=">={version}"' in (REPOSITORY / "setup.py").read_text()
-    assert f"FROM python:{version}-" in (LAUNCH / "Dockerfile").read_text()
-
-
-@pytest.mark.parametrize("queued", [{}, {"QUEUED": "1"}], ids=["at once", "queued"])
-@pytest.mark.parametrize(
-    ("accelerator", "version"),
-    [
-        ("v4-512", "tpu-ubuntu2204-base"),
-        ("v5litepod-256", "v2-alpha-tpuv5-lite"),
-        ("v5p-128", "v2-alpha-tpuv5"),
-        ("v6e-256", "v2-alpha-tpuv6e"),
-    ],
-)
-def test_the_software_is_that_of_the_accelerator(tmp_path, accelerator, version, queued):
-    wanted = dict(ACCELERATOR=accelerator, says="ACTIVE", **queued)
-    (words, *_), _ = commands(tmp_path, "tpu_vm.sh", "create", **wanted)
-    assert {accelerator, version} < set(words)
-    (tmp_path / "log").unlink()
-    (words, *_), _ = commands(tmp_path, "tpu_vm.sh", "create", **wanted, VERSION="other")
-    assert {accelerator, "other"} < set(words) and version not in words
-
-
-def test_software_that_nobody_knows_must_be_given(tmp_path):
-    (tmp_path / "log").touch()
-    wanted = dict(ACCELERATOR="tpu7x-256", code=2)
-    found, error = commands(tmp_path, "tpu_vm.sh", "create", **wanted)
-    assert not found and "ACCELERATOR=tpu7x-256: set VERSION" in error
-    (words,), _ = commands(tmp_path, "tpu_vm.sh", "create", ACCELERATOR="tpu7x-256", VERSION="new")
-    assert {"tpu7x-256", "new"} < set(words)
-
-
-def test_a_slice_that_will_not_come_is_not_waited_for(tmp_path):
-    wanted = dict(ACCELERATOR="v5litepod-16", QUEUED="1")
-    found, error = commands(tmp_path, "tpu_vm.sh", "create", says="FAILED", code=1, **wanted)
-    assert len(found) == 2 and "n is FAILED and will not come" in error
-    commands(tmp_path, "tpu_vm.sh", "create", says="ACTIVE", **wanted)
-
-
-def test_xpk_passes_the_flags_as_they_are(tmp_path):
-    (words,), _ = commands(tmp_path, "xpk.sh", *FLAGS)
-    pairs = list(zip(words[3::2], words[4::2], strict=True))
-    options = dict(pairs)
-    variables = [value for option, value in pairs if option == "--env"]
-    assert variables == [f"{name}={value}" for name, value in SHARED.items()]
-    # As long as the other recipes give: its own 30 s are short for a large model's checkpoint.
-    assert options["--termination-grace-period-seconds"] == "300"
-    assert shlex.split(options["--command"])[-2:] == list(FLAGS)
 
 
 @pytest.mark.parametrize(
