@@ -7,6 +7,7 @@ values, in this order, each head-major.
 
 import functools
 import os
+import re
 
 import flax.linen as nn
 import jax
@@ -52,8 +53,7 @@ def choose_implementation(name: str, device: jax.Device, dtype: jnp.dtype) -> st
             return "pallas"
         if platform == "cpu":
             return default_implementation() if num_cores() <= 2 else "xla"
-        is_hopper = is_gpu and float(getattr(device, "compute_capability", 0)) >= 9
-        return "cudnn" if is_hopper and is_bfloat16 else "xla"
+        return "cudnn" if is_gpu and is_bfloat16 and _is_hopper(device) else "xla"
     if name == "cudnn" and not (is_gpu and is_bfloat16):
         raise ValueError(
             f"attention='cudnn' needs a GPU and bfloat16, not {platform} and {jnp.dtype(dtype)}; "
@@ -62,6 +62,12 @@ def choose_implementation(name: str, device: jax.Device, dtype: jnp.dtype) -> st
     if name == "pallas" and platform != "tpu":
         raise ValueError(f"attention='pallas' needs a TPU, not {platform}; use 'auto' or 'xla'")
     return name
+
+
+def _is_hopper(device: jax.Device) -> bool:
+    """Or later. Capabilities of other makers' GPUs are names, such as gfx942, if there are any."""
+    version = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return version is not None and int(version[1]) >= 9
 
 
 def computed_by(name: str, n: int, d: int, num_heads: int, dtype: jnp.dtype) -> str:

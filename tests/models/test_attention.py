@@ -136,12 +136,13 @@ def test_cudnn_gets_its_own_layout(monkeypatch):
         ("cuda", "bfloat16", "10.0", "cudnn"),
         ("gpu", "float32", "9.0", "xla"),
         ("gpu", "bfloat16", "8.0", "xla"),
+        ("gpu", "bfloat16", "gfx942", "xla"),
         ("gpu", "bfloat16", None, "xla"),
     ],
 )
 def test_auto_follows_the_devices(platform, dtype, compute_capability, expected):
     device = types.SimpleNamespace(platform=platform)
-    if compute_capability:  # which devices of other makers do not have
+    if compute_capability:  # AMD's is a name; not every kind of device has one
         device.compute_capability = compute_capability
     assert choose_implementation("auto", device, dtype) == expected
     assert choose_implementation("xla", device, dtype) == "xla"
