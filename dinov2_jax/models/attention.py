@@ -73,13 +73,22 @@ def _is_hopper(device: jax.Device) -> bool:
 def computed_by(name: str, n: int, d: int, num_heads: int, dtype: jnp.dtype) -> str:
     """What computes attention over n tokens of width d: `name`, or XLA where that is not for them.
 
-    Pallas by whether its kernels fit the chip of the mesh in use, "by_head" by `FEWEST_BY_HEAD`.
+    Pallas by whether its kernels fit the chip of the mesh in use, cuDNN by the width of a head,
+    "by_head" by `FEWEST_BY_HEAD`.
     """
     if name == "by_head" and n < FEWEST_BY_HEAD:
         return "xla"
     if name == "pallas" and not attention_pallas.fits(n, d, num_heads, jnp.dtype(dtype).itemsize):
         return "xla"
+    if name == "cudnn" and not _has_cudnn(d // num_heads):
+        return "xla"
     return name
+
+
+def _has_cudnn(head_width: int) -> bool:
+    """Whether cuDNN has kernels for it on this GPU: what jax refuses otherwise, in any length."""
+    widest = 256 if _is_hopper(jax.devices()[0]) else 128
+    return head_width % 8 == 0 and head_width <= widest
 
 
 def num_cores() -> int:

@@ -156,6 +156,34 @@ def test_fused_attention_gives_way_where_it_does_not_fit(monkeypatch):
     np.testing.assert_array_equal(module.apply(params, x), Attention(num_heads=2).apply(params, x))
 
 
+@pytest.mark.parametrize(
+    ("head_width", "compute_capability", "expected"),
+    [
+        (64, "9.0", "cudnn"),
+        (60, "9.0", "xla"),
+        (256, "10.0", "cudnn"),
+        (264, "9.0", "xla"),
+        (128, "8.0", "cudnn"),
+        (136, "8.0", "xla"),
+    ],
+)
+def test_heads_that_cudnn_refuses_are_left_to_xla(
+    monkeypatch, head_width, compute_capability, expected
+):
+    device = types.SimpleNamespace(platform="gpu", compute_capability=compute_capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    d = 2 * head_width
+    assert computed_by("cudnn", 257, d, 2, jnp.bfloat16) == expected
+    # The module asks: what is refused is not called.
+    asked = []
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda q, k, v, **_: asked.append(q.shape) or v
+    )
+    module = Attention(num_heads=2, implementation="cudnn", dtype=jnp.bfloat16)
+    jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 3, d)))
+    assert bool(asked) == (expected == "cudnn")
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"'cudnn' needs a GPU and bfloat16, not gpu and float32"):
         choose_implementation("cudnn", types.SimpleNamespace(platform="gpu"), jnp.float32)
