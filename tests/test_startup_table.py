@@ -43,7 +43,7 @@ def test_the_table_says_what_auto_became(monkeypatch):
 
 
 def test_the_table_says_nothing_of_what_was_given():
-    given = dict(zip(KEYS, ("by_head", "xla", "gather", "none", "blocks", ""), strict=True))
+    given = dict(zip(KEYS, ("xla", "xla", "gather", "none", "blocks", ""), strict=True))
     config = load(*given.items())
     assert "chosen by auto" not in table(config)
     assert "in blocks: " in table(config)

@@ -44,7 +44,7 @@ def choose_implementation(name: str, device: jax.Device, dtype: jnp.dtype) -> st
       dtype: compute type of the network.
 
     Raises:
-      ValueError: `device` or `dtype` has no such implementation.
+      ValueError: `device` or `dtype` has no such implementation, or devices are too many for it.
     """
     platform = device.platform
     is_gpu, is_bfloat16 = platform in ("gpu", "cuda"), jnp.dtype(dtype) == jnp.bfloat16
@@ -61,6 +61,11 @@ def choose_implementation(name: str, device: jax.Device, dtype: jnp.dtype) -> st
         )
     if name == "pallas" and platform != "tpu":
         raise ValueError(f"attention='pallas' needs a TPU, not {platform}; use 'auto' or 'xla'")
+    if name == "by_head" and (platform != "cpu" or jax.device_count() > 1):
+        raise ValueError(
+            f"attention='by_head' needs one CPU device, not {jax.device_count()} of {platform}, "
+            "where its loop is slow; use 'auto' or 'xla'"
+        )
     return name
 
 

@@ -44,7 +44,7 @@ def draw_logits(tail: float, spread: float, *, rows: int = 600) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames="form")
 def targets(logits, *, form: str):
-    """`[rows, 8]`. The identity as prototypes: rows are their own logits, exactly, in every form."""
+    """`[rows, 8]`. The identity as prototypes: rows are their own logits, exactly, in all forms."""
     if form == "dense":
         return centering.sinkhorn_knopp(logits, TEMP)
     identity = make_prototypes(np.eye(8, dtype=np.float32), np.ones((8, 1), np.float32))

@@ -184,11 +184,17 @@ def test_heads_that_cudnn_refuses_are_left_to_xla(
     assert bool(asked) == (expected == "cudnn")
 
 
-def test_errors():
+def test_errors(monkeypatch):
     with pytest.raises(ValueError, match=r"'cudnn' needs a GPU and bfloat16, not gpu and float32"):
         choose_implementation("cudnn", types.SimpleNamespace(platform="gpu"), jnp.float32)
     with pytest.raises(ValueError, match=r"'pallas' needs a TPU, not cpu; use 'auto' or 'xla'"):
         choose_implementation("pallas", jax.devices()[0], jnp.float32)
+    with pytest.raises(ValueError, match=r"'by_head' needs one CPU device, not 8 of cpu, .* use"):
+        choose_implementation("by_head", jax.devices()[0], jnp.float32)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert choose_implementation("by_head", jax.devices()[0], jnp.float32) == "by_head"
+    with pytest.raises(ValueError, match=r"'by_head' needs one CPU device, not 1 of tpu"):
+        choose_implementation("by_head", types.SimpleNamespace(platform="tpu"), jnp.float32)
     x = jnp.zeros((1, 1, 2, 4))
     with pytest.raises(ValueError, match=r"attention='flash' must be one of \('xla', 'by_head', "):
         attend(x, x, x, implementation="flash")
