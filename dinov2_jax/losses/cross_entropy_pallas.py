@@ -15,17 +15,15 @@ from jax.typing import ArrayLike
 
 from dinov2_jax.losses import pallas_tiles
 from dinov2_jax.losses.pallas_tiles import (
-    LANES,
-    MIB,
     NOWHERE,
     TILE,
     WIDE,
     accumulate,
     dot,
     fill,
-    round_up,
     tiles,
 )
+from dinov2_jax.models.tpu_tiles import LANES, MIB, round_up
 
 MAX_CALLS = 8  # each reads all prototypes again, as plain blocks do several times
 Prototypes = tuple[Array, Array]  # directions [k, d] and the factors [k, 1] that make vectors
