@@ -155,6 +155,10 @@ def get_config() -> ConfigDict:
     # auto | xla | products (CPU) | pallas (TPU): the blocks' layer normalisation; auto is products
     # on CPU, pallas on TPU, and xla elsewhere.
     config.layer_norm = "auto"
+    # auto | plain | flat (tokens of all images as one axis) | transposed (one CPU device: flat, and
+    # gradients of kernels wider in than out are made transposed): the blocks' products with
+    # weights; auto is transposed on one CPU device, flat on several and plain elsewhere.
+    config.product_form = "auto"
     # auto | gather | matmul (with one-hot rows) | pallas (TPU, with layer_norm pallas): how the
     # subset drop path takes images out and puts them back; auto is pallas on TPU (matmul where
     # layer_norm is xla) and gather elsewhere.

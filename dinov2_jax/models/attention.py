@@ -111,11 +111,13 @@ class Attention(nn.Module):
       implementation: "pallas" (fused; TPU only; where it does not fit, XLA takes over), "by_head"
         (`attend_by_head`; of `FEWEST_BY_HEAD` tokens and more), or see `attend`.
       dtype: of the matrix products.
+      product_form: of those with weights, see `choose_product_form`.
     """
 
     num_heads: int
     implementation: str = "xla"
     dtype: jnp.dtype = jnp.float32
+    product_form: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, hands_out_bias: bool = False):
@@ -133,7 +135,8 @@ class Attention(nn.Module):
             self.implementation, *x.shape[1:], self.num_heads, dtype=self.dtype
         )
         is_fused = implementation == "pallas"
-        qkv = TokenDense(3 * d, dtype=self.dtype, hands_out_bias=is_fused, name="qkv")(x)
+        layer = functools.partial(TokenDense, dtype=self.dtype, product_form=self.product_form)
+        qkv = layer(3 * d, hands_out_bias=is_fused, name="qkv")(x)
         if is_fused:
             x = attention_pallas.self_attention(*qkv, num_heads=self.num_heads)
         elif implementation == "by_head":
@@ -143,7 +146,7 @@ class Attention(nn.Module):
             x = attend(q, k, v, implementation=implementation)
             x = rearrange(x, "b heads n hd -> b n (heads hd)")
         x = checkpoint_name(x, "attention")
-        return TokenDense(d, self.dtype, hands_out_bias, name="proj")(x)
+        return layer(d, hands_out_bias=hands_out_bias, name="proj")(x)
 
 
 def split_heads(qkv: jax.Array, num_heads: int) -> jax.Array:
