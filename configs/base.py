@@ -149,13 +149,16 @@ def get_config() -> ConfigDict:
     # auto | none | dots | branches | blocks: what the backward pass recomputes; auto is dots on CPU
     # and branches on TPU, where they are the fastest too, and none elsewhere.
     config.remat = "auto"
-    # auto | xla | by_head (CPU) | pallas (TPU) | cudnn (GPU, bfloat16); auto is by_head on one CPU
-    # device of one or two cores, pallas on TPU, cuDNN on Hopper and later GPUs in bfloat16, and XLA
-    # elsewhere.
+    # auto | xla | by_head (one CPU device) | pallas (TPU) | cudnn (GPU, bfloat16); auto is by_head
+    # on one or two cores, pallas on TPU, cuDNN on Hopper and later GPUs in bfloat16, XLA elsewhere.
     config.attention = "auto"
     # auto | xla | products (CPU) | pallas (TPU): the blocks' layer normalisation; auto is products
     # on CPU, pallas on TPU, and xla elsewhere.
     config.layer_norm = "auto"
+    # auto | plain | flat (tokens of all images as one axis) | transposed (one CPU device: flat, and
+    # gradients of kernels wider in than out are made transposed): the blocks' products with
+    # weights; auto is transposed on one CPU device, flat on several and plain elsewhere.
+    config.product_form = "auto"
     # auto | gather | matmul (with one-hot rows) | pallas (TPU, with layer_norm pallas): how the
     # subset drop path takes images out and puts them back; auto is pallas on TPU (matmul where
     # layer_norm is xla) and gather elsewhere.

@@ -32,7 +32,6 @@ def augment(
     std: Sequence[float],
     blur_kernel_size_px: int = 9,
     solarize_threshold: int = 128,
-    dtype: jnp.dtype = jnp.float32,
 ) -> jax.Array:
     """Applies jitter, greyscale, blur and solarize, each by its sample's parameters; normalises.
 
@@ -45,10 +44,9 @@ def augment(
       std: likewise.
       blur_kernel_size_px: odd; at most 2 * min(height, width) - 1 (the border is reflected).
       solarize_threshold: levels (0 to 255) from this one on are inverted.
-      dtype: of the result.
 
     Returns:
-      `[n, height, width, c]`, normalised.
+      `[n, height, width, c]`, normalised, float32.
 
     Raises:
       ValueError: the kernel is even or too large, or `params` or `mean` has the wrong size.
@@ -73,7 +71,7 @@ def augment(
             planes = [_where(column["grayscale"] > 0, gray, x) for x in planes]
         planes = blur(planes, column["blur_sigma"], kernel_size_px=blur_kernel_size_px)
         planes = solarize(planes, column["solarize"] > 0, threshold=solarize_threshold)
-        return normalize(jnp.stack(planes, axis=-1), mean=mean, std=std, dtype=dtype)
+        return normalize(jnp.stack(planes, axis=-1), mean=mean, std=std)
 
 
 def normalize(
@@ -81,7 +79,6 @@ def normalize(
     *,
     mean: Sequence[float],
     std: Sequence[float],
-    dtype: jnp.dtype = jnp.float32,
 ) -> jax.Array:
     """Levels (0 to 255) to `(level / 255 - mean) / std`.
 
@@ -89,10 +86,9 @@ def normalize(
       images: uint8 or float `[..., height, width, c]`.
       mean: of pixels in [0, 1], one per channel.
       std: likewise.
-      dtype: of the result.
 
     Returns:
-      The same shape, in `dtype`.
+      The same shape, in float32.
 
     Raises:
       ValueError: `mean` or `std` has not one entry per channel.
@@ -105,8 +101,7 @@ def normalize(
         )
     scale = 1 / (255 * np.asarray(std, np.float64))
     shift = np.asarray(mean, np.float64) / np.asarray(std, np.float64)
-    images = images.astype(jnp.float32) * scale.astype(np.float32) - shift.astype(np.float32)
-    return images.astype(dtype)
+    return images.astype(jnp.float32) * scale.astype(np.float32) - shift.astype(np.float32)
 
 
 def grey(planes: Planes) -> jax.Array:

@@ -185,9 +185,10 @@ def check(
 def without_cudnn(config, *, platform: str):
     """The configuration with the attention of XLA where a run's own choice may be cuDNN.
 
-    cuDNN is asked for its version when a step is traced, and without a GPU it does not answer.
+    cuDNN is asked for its version when a step is traced, and without a GPU it does not answer. What
+    is no choice for a GPU is left as it is, to be refused as a run would.
     """
-    if platform not in ("gpu", "cuda") or config.attention == "xla":
+    if platform not in ("gpu", "cuda") or config.attention not in ("auto", "cudnn"):
         return config
     if config.attention == "cudnn":
         raise ConfigError(

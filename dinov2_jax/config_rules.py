@@ -20,6 +20,7 @@ CHOICES = {
     "mesh.backward_kernels": ("auto", "gather", "keep"),
     "attention": ("auto", "xla", "by_head", "pallas", "cudnn"),
     "layer_norm": ("auto", "xla", "products", "pallas"),
+    "product_form": ("auto", "plain", "flat", "transposed"),
     "drop_path_form": ("auto", "gather", "matmul", "pallas"),
     "compiler_preset": ("auto", "", "cpu_products", "tpu_overlap", "gpu_overlap"),
     "heads": ("auto", "dense", "blocks", "pallas"),

@@ -54,7 +54,8 @@ class Model:
           uneven: what happens to images whose sides are no multiples of the patch: "error",
             "pad" (zeros on all sides, centred, as the reference's dense evaluations do) or "crop"
             (centred).
-          attention: see `dinov2_jax.models.attention.attend`; None: the fastest here.
+          attention: see `dinov2_jax.models.attention.choose_implementation`. None: "by_head" on one
+            CPU device, "xla" elsewhere: what runs on any devices, at any size and type.
           name: what it was loaded from, for people.
 
         Raises:

@@ -24,6 +24,7 @@ from dinov2_jax.models.block import choose_backward_kernels, choose_remat
 from dinov2_jax.models.drop_path import choose_form
 from dinov2_jax.models.heads import DINOHead
 from dinov2_jax.models.layer_norm import choose_layer_norm
+from dinov2_jax.models.layers import choose_product_form
 from dinov2_jax.models.vit import VARIANTS, VisionTransformer
 from dinov2_jax.objective import LossSettings
 from dinov2_jax.optim.optimizer import make_optimizer
@@ -111,7 +112,7 @@ def build_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
 def build_trainer(config, mesh: Mesh) -> Trainer:
     """Everything on the device side, nothing computed yet but shapes."""
     device = mesh.devices.flat[0]
-    network = build_network(config, device)
+    network = build_network(config, device, num_devices=mesh.size)
     crop_size = config.crops.global_crop_size_px
     image_shape = (crop_size, crop_size, config.data.in_channels)
     # Abstract too: a topology's devices, which are only compiled for, cannot make a key.
@@ -174,12 +175,13 @@ def compute_dtype(config, *, platform: str) -> jnp.dtype:
     return jnp.dtype(config.dtype)
 
 
-def build_network(config, device: jax.Device) -> Network:
-    """Backbone and heads, for devices like this one."""
+def build_network(config, device: jax.Device, *, num_devices: int = 1) -> Network:
+    """Backbone and heads, for so many devices like this one."""
     model, dtype = config.model, compute_dtype(config, platform=device.platform)
     with as_config_error():
         attention = choose_implementation(config.attention, device, dtype)
         layer_norm = choose_layer_norm(config.layer_norm, device.platform)
+        product_form = choose_product_form(config.product_form, device.platform, num_devices)
         drop_path_form = choose_form(config.drop_path_form, device.platform, layer_norm)
     sizes = dict(VARIANTS.get(model.variant, {}))
     sizes |= {name: model[name] for name in ("embed_dim", "depth", "num_heads") if model[name]}
@@ -207,6 +209,7 @@ def build_network(config, device: jax.Device) -> Network:
         keep_kernels=backward_kernels == "keep",
         attention=attention,
         layer_norm=layer_norm,
+        product_form=product_form,
         scan_unroll=config.scan_unroll,
     )
 

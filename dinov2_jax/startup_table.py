@@ -49,6 +49,7 @@ def describe_choices(config, trainer: Trainer) -> str:
     values = {
         "attention": describe_attention(config, backbone, mesh),
         "layer_norm": backbone.layer_norm,
+        "product_form": backbone.product_form,
         "drop_path_form": backbone.drop_path_form if drops_paths else None,
         "remat": backbone.remat,
         "heads": heads_name(config, mesh),

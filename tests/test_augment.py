@@ -255,16 +255,6 @@ def test_no_crops_at_all_is_fine():
     assert empty.shape == (0, 16, 16, 3)
 
 
-def test_dtype_is_of_the_result_alone(crops):
-    params = mixed_parameters(4)
-    exact, rounded = (
-        jax.jit(functools.partial(augment, mean=MEAN, std=STD, dtype=dtype))(crops, params)
-        for dtype in (np.float32, jax.numpy.bfloat16)
-    )
-    assert rounded.dtype == jax.numpy.bfloat16
-    np.testing.assert_array_equal(exact.astype(jax.numpy.bfloat16), rounded)
-
-
 def test_hue_turns_red_to_green():
     red = [np.full((1, 2, 2), level, np.float32) for level in (200, 50, 50)]
     third = shift_hue(red, np.array([1 / 3], np.float32))

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import re
+import types
 
 import jax
 import pytest
 
-from dinov2_jax import compile, config
+from dinov2_jax import compile, config, startup
 from dinov2_jax.config import REPOSITORY
 from dinov2_jax.cost import memory
 from dinov2_jax.cost.chips import TPUS
@@ -161,6 +162,8 @@ def test_gpus_too(tmp_path):
         ("cuda", "auto", "xla"),
         ("tpu", "auto", "auto"),
         ("gpu", "xla", "xla"),
+        ("cuda", "pallas", "pallas"),
+        ("cuda", "by_head", "by_head"),
     ],
 )
 def test_no_gpu_no_cudnn(platform, attention, expected):
@@ -168,6 +171,10 @@ def test_no_gpu_no_cudnn(platform, attention, expected):
     cfg = config.load_config(str(REPOSITORY / "configs/vits14.py"), texts, needs_data=False)
     assert compile.without_cudnn(cfg, platform=platform).attention == expected
     assert cfg.attention == attention
+    if attention in ("pallas", "by_head"):  # as a run would
+        device = types.SimpleNamespace(platform=platform, device_kind="NVIDIA H100")
+        with pytest.raises(config.ConfigError, match=rf"attention='{attention}' needs .* 'xla'"):
+            startup.build_network(compile.without_cudnn(cfg, platform=platform), device)
     with cfg.unlocked():
         cfg.attention = "cudnn"
     if platform != "tpu":

@@ -147,6 +147,16 @@ def test_blocks_on_eight_devices_equal_dense_on_one(one_device):
     assert_same_metrics(one_device, eight)
 
 
+def test_blocks_in_micro_batches_on_eight_devices_equal_dense_on_one():
+    # 8 groups over 4 shards of the batch and 2 micro-batches; prototypes over model, and fsdp.
+    one, _ = run(sharding.make_mesh(devices=jax.devices()[:1]), num_micro_batches=2)
+    losses = LossSettings(heads=BlockHeads(block_size=2))
+    mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
+    eight, program = run(mesh, losses=losses, num_micro_batches=2)
+    assert "all-to-all" not in program
+    assert_same_metrics(one, eight)
+
+
 @pytest.mark.parametrize(
     ("axes", "settings"),
     [

@@ -10,7 +10,15 @@ from dinov2_jax.config import REPOSITORY, load_config
 from dinov2_jax.cost.topology import open_topology
 from dinov2_jax.sharding import make_mesh
 
-KEYS = ("attention", "layer_norm", "drop_path_form", "remat", "heads", "compiler_preset")
+KEYS = (
+    "attention",
+    "layer_norm",
+    "product_form",
+    "drop_path_form",
+    "remat",
+    "heads",
+    "compiler_preset",
+)
 
 
 def load(*overrides: tuple[str, str], recipe: str = "quickstart"):
@@ -33,7 +41,8 @@ def test_the_table_says_what_auto_became(monkeypatch):
     monkeypatch.setattr(startup_table, "choose_preset", lambda name, platform: f"{platform}'s")
     given = [("attention", "xla"), ("compiler_preset", "auto"), ("model.drop_path_rate", "0.1")]
     words = (
-        "layer_norm products, drop_path_form gather, remat dots, heads dense, compiler_preset cpu's"
+        "layer_norm products, product_form transposed, drop_path_form gather, remat dots, "
+        "heads dense, compiler_preset cpu's"
     )
     assert chosen(load(*given)) == words
     # Where it makes no difference, it is not named.
@@ -43,7 +52,7 @@ def test_the_table_says_what_auto_became(monkeypatch):
 
 
 def test_the_table_says_nothing_of_what_was_given():
-    given = dict(zip(KEYS, ("by_head", "xla", "gather", "none", "blocks", ""), strict=True))
+    given = dict(zip(KEYS, ("xla", "xla", "plain", "gather", "none", "blocks", ""), strict=True))
     config = load(*given.items())
     assert "chosen by auto" not in table(config)
     assert "in blocks: " in table(config)

@@ -75,7 +75,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tree", choices=("teacher", "student"), default="teacher", help="of our checkpoints")
     add("--interpolation", help="reference, huggingface or timm; default: what the file says")
     add("--num-heads", type=int, help="default: what the file says, else width / 64")
-    add("--attention", choices=("xla", "cudnn"), default="xla", help="default: xla")
+    add(
+        "--attention",
+        choices=("xla", "by_head", "cudnn"),
+        help="default: by_head on one CPU device, else xla",
+    )
     return parser
 
 

@@ -128,11 +128,11 @@ def _sums_by_blocks(layout, assign, features, prototypes, targets, target_rows, 
 
 
 def _sums_by_kernel(layout, assign, features, prototypes, targets, target_rows, temps) -> _RowSums:
-    sums = cross_entropy_pallas.row_sums(*_flat(features, prototypes, targets, target_rows), temps)
+    sums = cross_entropy_pallas.row_sums(*_flat(features, prototypes, targets, target_rows, temps))
     return _RowSums(*(x.reshape(features.shape[:-1]) for x in sums))
 
 
-def _flat(features, prototypes, targets, target_rows):
+def _flat(features, prototypes, targets, target_rows, temps):
     """The first arguments of the kernels: rows are one axis, products in the compute type."""
     teacher = targets.prototypes
     width = features.shape[-1]
@@ -143,6 +143,8 @@ def _flat(features, prototypes, targets, target_rows):
         (teacher.weight_v, teacher.scale),
         (target_rows.row_max.reshape(-1), target_rows.log_sum.reshape(-1)),
         targets.log_scale,
+        targets.lowest(temps[1]),
+        temps,
     )
 
 
@@ -197,8 +199,7 @@ def _gradients_by_kernel(
 ):
     row_max, log_sum, mass = (x.reshape(-1) for x in kept)
     grad_features, grads = cross_entropy_pallas.gradients(
-        *_flat(features, prototypes, targets, target_rows),
-        temps,
+        *_flat(features, prototypes, targets, target_rows, temps),
         norms=prototypes.norms,
         log_sum=row_max + log_sum,
         mass=mass,

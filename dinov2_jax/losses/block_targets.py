@@ -2,7 +2,8 @@
 
 Both Sinkhorn-Knopp and softmax centering end in this form, so one number per prototype and two
 per row say everything; whoever needs the targets of a block of prototypes computes them from the
-features again. Same results as `centering`, whose docstrings are the specification.
+features again. Same results as `centering`, whose docstrings are the specification: Sinkhorn's
+targets are 0 below its `lowest_logit`, where the sums that they are divided by had nothing either.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from jax.typing import ArrayLike
 
 from dinov2_jax.losses import sinkhorn_pallas
 from dinov2_jax.losses.blocks import Layout, Prototypes
-from dinov2_jax.losses.centering import move_center, prototype_floor
+from dinov2_jax.losses.centering import LIFT, lowest_logit, move_center, prototype_floor
 
 
 @flax.struct.dataclass
@@ -33,11 +34,18 @@ class TargetPrototypes:
 
     prototypes: Prototypes  # the teacher's
     log_scale: Array  # [k]
+    # Whether a target below this is 0, as it was in Sinkhorn-Knopp's sums.
+    has_lowest: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def lowest(self, temp: ArrayLike) -> ArrayLike:
+        """How far below its row's maximum, as a negative number, a logit has a target."""
+        return lowest_logit(temp) if self.has_lowest else -jnp.inf
 
     def log_probs(self, rows: TargetRows, temp: ArrayLike) -> Array:
-        """Log of the targets, `[..., k]`."""
-        shifted = (self.prototypes.logits(rows.features) - rows.row_max[..., None]) / temp
-        return shifted + self.log_scale - rows.log_sum[..., None]
+        """Log of the targets, `[..., k]`; finite, as entropies multiply it with targets of 0."""
+        shifted = self.prototypes.logits(rows.features) - rows.row_max[..., None]
+        log_probs = shifted / temp + self.log_scale - rows.log_sum[..., None]
+        return jnp.where(shifted < self.lowest(temp), -1e30, log_probs)
 
 
 def sinkhorn_knopp(
@@ -87,19 +95,20 @@ def sinkhorn_knopp(
             per_row = jnp.maximum(per_row, smallest)
             return jnp.where(is_real, 1.0 / per_row, 0.0), per_row, u
 
-        v = jnp.where(is_real, jnp.exp((matrix.row_max - shift) / temp), 0.0)
+        v = jnp.where(is_real, LIFT * jnp.exp((matrix.row_max - shift) / temp), 0.0)
         start = v, v, jnp.zeros(prototypes.weight_v.shape[0])
         _, per_row, u = jax.lax.fori_loop(0, num_iters, iterate, start)
         shape = rows[1].shape
-        vectors = matrix.row_max.reshape(shape), jnp.log(per_row).reshape(shape)
-        return vectors, jnp.log(u), ()
+        # Both are lifted, for logarithms nearer to 0: where that cancels, fewer bits do.
+        vectors = matrix.row_max.reshape(shape), jnp.log(LIFT * per_row).reshape(shape)
+        return vectors, jnp.log(LIFT * u), ()
 
     (row_max, log_sum), log_u, _ = layout.run(run, (features, is_real), prototypes, temp)
-    return TargetRows(features, row_max, log_sum), TargetPrototypes(prototypes, log_u)
+    return TargetRows(features, row_max, log_sum), TargetPrototypes(prototypes, log_u, True)
 
 
 class _Matrix:
-    """exp((logits - row_max) / temp) `[n, k]`, in (0, 1], which is never written down."""
+    """exp((logits - row_max) / temp) `[n, k]`, 0 below `lowest_logit`; it is never written down."""
 
     def __init__(self, z: Array, prototypes: Prototypes, temp: ArrayLike, layout: Layout):
         self._prototypes, self._temp, self._layout = prototypes, temp, layout
@@ -118,7 +127,8 @@ class _Matrix:
         self.row_max = layout.max_prototypes(own_max)  # [n]
 
     def _of(self, block: Prototypes) -> Array:
-        return jnp.exp((block.logits(self._z) - self.row_max[:, None]) / self._temp)
+        shifted = block.logits(self._z) - self.row_max[:, None]
+        return jnp.where(shifted < lowest_logit(self._temp), 0.0, jnp.exp(shifted / self._temp))
 
     def sum_rows(self, v: Array) -> Array:
         """Rows times `v [n]`, summed over those of this device: `[k]`."""

@@ -11,6 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+# What Sinkhorn-Knopp's v is larger by, and u smaller: products of v and the smallest entries of the
+# matrix underflow then in no form of the sums. Targets have v * u, and it is a power of 2: exact.
+LIFT = 2.0**40
+
 
 def softmax_center(logits: Array, center: Array, temp: ArrayLike) -> Array:
     """Teacher targets by centering and sharpening: softmax((logits - center) / temp).
@@ -85,7 +89,7 @@ def sinkhorn_knopp(
     between e and v. Here e is shifted by each row's maximum and the *first* v puts it back up to
     one scalar for all rows, which the first division cancels: no overflow at any logits, and no
     row vanishes however far below the batch's maximum it lies. (Leaving the row shift out of v
-    would give other targets: the first sum is over rows.)
+    would give other targets: the first sum is over rows.) An entry below `lowest_logit` is 0.
 
     Args:
       logits: teacher logits `[n, k]` of the whole batch: of all devices.
@@ -112,8 +116,9 @@ def sinkhorn_knopp(
 
     row_max = logits.max(axis=1)  # [n]
     shift = jnp.where(is_real, row_max, -jnp.inf).max()
-    scaled = jnp.exp((logits - row_max[:, None]) / temp)  # [n, k], in (0, 1]
-    v = jnp.where(is_real, jnp.exp((row_max - shift) / temp), 0.0)  # [n]
+    shifted = logits - row_max[:, None]
+    scaled = jnp.where(shifted < lowest_logit(temp), 0.0, jnp.exp(shifted / temp))  # [n, k], <= 1
+    v = jnp.where(is_real, LIFT * jnp.exp((row_max - shift) / temp), 0.0)  # [n]
 
     smallest = jnp.finfo(jnp.float32).tiny
     floor = prototype_floor(share)
@@ -129,7 +134,17 @@ def sinkhorn_knopp(
 def prototype_floor(share: Array) -> Array:
     """The smallest sum of a prototype over rows that Sinkhorn-Knopp divides by.
 
-    A prototype that underflows in every row (more than 87 temperatures below each row's best)
-    stays unused: the floor keeps its `u = share / sum` finite, so that 0 * u is 0.
+    A prototype that is below `lowest_logit` in every row stays unused: the floor keeps its
+    `u = share / sum` finite, so that 0 * u is 0.
     """
-    return 4 * jnp.maximum(share, 1.0) * jnp.finfo(jnp.float32).tiny
+    return LIFT * 4 * jnp.maximum(share, 1.0) * jnp.finfo(jnp.float32).tiny
+
+
+def lowest_logit(temp: ArrayLike) -> ArrayLike:
+    """How far below its row's largest, as a negative number, a logit counts in Sinkhorn-Knopp.
+
+    exp(-87) is the last whole power that float32 holds in full: what lies lower may be a few bits
+    or 0, by chip and compiler, and u of up to e^86 makes weight of it. So every form of these
+    targets cuts here, by comparing logits: before a power, a division or a logarithm rounds them.
+    """
+    return -87.0 * temp

@@ -15,17 +15,15 @@ from jax.typing import ArrayLike
 
 from dinov2_jax.losses import pallas_tiles
 from dinov2_jax.losses.pallas_tiles import (
-    LANES,
-    MIB,
     NOWHERE,
     TILE,
     WIDE,
     accumulate,
     dot,
     fill,
-    round_up,
     tiles,
 )
+from dinov2_jax.models.tpu_tiles import LANES, MIB, round_up
 
 MAX_CALLS = 8  # each reads all prototypes again, as plain blocks do several times
 Prototypes = tuple[Array, Array]  # directions [k, d] and the factors [k, 1] that make vectors
@@ -38,6 +36,7 @@ def row_sums(
     target_prototypes: Prototypes,
     target_rows: tuple[Array, Array],
     log_scale: Array,
+    lowest: ArrayLike,
     temps: tuple[ArrayLike, ArrayLike],
 ) -> tuple[Array, ...]:
     """What `block_cross_entropy` needs of each row, for targets of the same rows.
@@ -47,6 +46,7 @@ def row_sums(
       target_features, target_prototypes: the teacher's.
       target_rows: their largest logit and the log of what normalises them, `[n]` each.
       log_scale: of the targets, `[k]`.
+      lowest: how far below their row's largest, as a negative number, logits have targets.
       temps: of student and teacher.
 
     Returns:
@@ -72,14 +72,14 @@ def row_sums(
         interpret=pallas_tiles.interpret(),
         name="prototypes_cross_entropy",
     )(
-        pallas_tiles.scalars(1 / temps[0], 1 / temps[1]),
+        pallas_tiles.scalars(1 / temps[0], 1 / temps[1], lowest),
         *_row_arrays(size_n, features, target_features, target_rows),
         *_prototype_arrays(size_k, prototypes, target_prototypes, log_scale),
     )
     return tuple(out[:5, :n])
 
 
-def _sums_kernel(inverse_temps, z_ref, zt_ref, rows_ref, *refs):
+def _sums_kernel(scalars_ref, z_ref, zt_ref, rows_ref, *refs):
     *prototype_refs, out_ref = refs
 
     @pl.when(pl.program_id(1) == 0)
@@ -87,7 +87,7 @@ def _sums_kernel(inverse_temps, z_ref, zt_ref, rows_ref, *refs):
         first = jax.lax.broadcasted_iota(jnp.int32, out_ref.shape, 0) == 0
         out_ref[...] = jnp.where(first, -NOWHERE, 0.0)
 
-    _, z, targets = _tile(inverse_temps, z_ref, zt_ref, rows_ref, *prototype_refs)
+    _, z, targets = _tile(scalars_ref, z_ref, zt_ref, rows_ref, *prototype_refs)
     old_max, exp_sum, exp_x_sum, mass, target_x_sum = (out_ref[i : i + 1] for i in range(5))
     row_max = jnp.maximum(old_max, z.max(axis=0, keepdims=True))
     shift = old_max - row_max
@@ -131,6 +131,7 @@ def gradients(
     target_prototypes: Prototypes,
     target_rows: tuple[Array, Array],
     log_scale: Array,
+    lowest: ArrayLike,
     temps: tuple[ArrayLike, ArrayLike],
     *,
     norms: Array,
@@ -154,7 +155,7 @@ def gradients(
     n, d = features.shape
     num_calls = -(-n // rows_that_fit(d))
     size = -(-n // num_calls)
-    shared = prototypes, target_prototypes, log_scale, norms, temps
+    shared = prototypes, target_prototypes, log_scale, lowest, norms, temps
     row_max, target_log_sum = target_rows
     slope = cotangent / temps[0]
     vectors = row_max, target_log_sum, log_sum, mass, slope
@@ -188,6 +189,7 @@ def _gradients(
     prototypes,
     target_prototypes,
     log_scale,
+    lowest,
     norms,
     temps,
 ) -> tuple[Array, Array, Array]:
@@ -228,7 +230,7 @@ def _gradients(
         interpret=pallas_tiles.interpret(),
         name="prototypes_gradients",
     )(
-        pallas_tiles.scalars(1 / temps[0], 1 / temps[1]),
+        pallas_tiles.scalars(1 / temps[0], 1 / temps[1], lowest),
         *_row_arrays(
             size_n, features, target_features, (row_max, target_log_sum), log_sum, mass, slope
         ),
@@ -237,9 +239,9 @@ def _gradients(
     return grad_features.sum(axis=0)[:n], grad_directions[:k], grad_lengths[0, :k, None]
 
 
-def _gradient_kernel(inverse_temps, z_ref, zt_ref, rows_ref, *refs, tile_n: int):
+def _gradient_kernel(scalars_ref, z_ref, zt_ref, rows_ref, *refs, tile_n: int):
     *prototype_refs, dz_ref, dv_ref, dg_ref = refs
-    weights, z, targets = _tile(inverse_temps, z_ref, zt_ref, rows_ref, *prototype_refs)
+    weights, z, targets = _tile(scalars_ref, z_ref, zt_ref, rows_ref, *prototype_refs)
     log_sum, mass, factor = (rows_ref[i : i + 1] for i in (2, 3, 4))
     slope = ((mass * jnp.exp(z - log_sum) - targets) * factor).astype(z_ref.dtype)
     step, row = pl.program_id(1), pl.program_id(2)
@@ -256,14 +258,15 @@ def _gradient_kernel(inverse_temps, z_ref, zt_ref, rows_ref, *refs, tile_n: int)
         dg_ref[...] = jnp.broadcast_to(per_length, (per_length.shape[0], LANES)).T[:8]
 
 
-def _tile(inverse_temps, z_ref, zt_ref, rows_ref, v_ref, vt_ref, columns_ref):
+def _tile(scalars_ref, z_ref, zt_ref, rows_ref, v_ref, vt_ref, columns_ref):
     """Of a tile the student's prototypes, and its logits over the temperature and the targets."""
     scale, target_scale, log_scale, hidden = pallas_tiles.columns(columns_ref, 4)
     weights = (v_ref[...] * scale).astype(z_ref.dtype)
     target_weights = (vt_ref[...] * target_scale).astype(zt_ref.dtype)
-    z = dot(weights, z_ref[...], 1, 1) * inverse_temps[0, 0] - hidden  # [k, n]
-    shifted = (dot(target_weights, zt_ref[...], 1, 1) - rows_ref[0:1]) * inverse_temps[0, 1]
-    return weights, z, jnp.exp(shifted + log_scale - rows_ref[1:2])
+    z = dot(weights, z_ref[...], 1, 1) * scalars_ref[0, 0] - hidden  # [k, n]
+    shifted = dot(target_weights, zt_ref[...], 1, 1) - rows_ref[0:1]
+    targets = jnp.exp(shifted * scalars_ref[0, 1] + log_scale - rows_ref[1:2])
+    return weights, z, jnp.where(shifted < scalars_ref[0, 2], 0.0, targets)
 
 
 def _specs(d: int, tile_n: int, tile_k: int, row_of, prototype_of):

@@ -61,35 +61,25 @@ def ibot_ce_over_log_k(
     return share_of_log_k(mean, num_prototypes)
 
 
-def entropy_over_log_k(probs: Array, *, row_weights: Array | None = None) -> Array:
-    """Mean entropy of the rows of `probs [n, k]` over ln K, in [0, 1].
-
-    `row_weights [n]`: 0 leaves a row (padding) out. None: all rows. 0 without rows, or if K = 1.
-    """
+def entropy_over_log_k(probs: Array) -> Array:
+    """Mean entropy of the rows of `probs [n, k]`, n >= 1, over ln K, in [0, 1]; 0 if K = 1."""
     probs = probs.astype(jnp.float32)
-    if row_weights is None:
-        row_weights = jnp.ones(probs.shape[0], jnp.float32)
-    row_weights = (row_weights > 0).astype(jnp.float32)
     entropy = -jax.scipy.special.xlogy(probs, probs).sum(axis=-1)  # [n]; 0 ln 0 is 0
-    mean = (row_weights * entropy).sum() / jnp.maximum(row_weights.sum(), 1.0)
-    return share_of_log_k(mean, probs.shape[-1])
+    return share_of_log_k(entropy.mean(), probs.shape[-1])
 
 
-def prototypes_in_use(probs: Array, *, row_weights: Array | None = None) -> Array:
+def prototypes_in_use(probs: Array) -> Array:
     """Prototypes that are some row's most likely one, as a share of all K.
 
     At most n / K for n rows: compare it with itself over time, not between batch sizes.
 
     Args:
       probs: teacher targets (or logits) `[n, k]`.
-      row_weights: `[n]`, 0 for padding. None: all rows.
 
     Returns:
       A scalar in [0, 1].
     """
-    num_rows, num_prototypes = probs.shape
-    is_real = jnp.ones(num_rows, bool) if row_weights is None else row_weights > 0
-    is_used = jnp.zeros(num_prototypes, bool).at[probs.argmax(axis=-1)].max(is_real)
+    is_used = jnp.zeros(probs.shape[-1], bool).at[probs.argmax(axis=-1)].set(True)
     return is_used.mean(dtype=jnp.float32)
 
 

@@ -10,12 +10,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.typing import ArrayLike
 
+from dinov2_jax.models.tpu_tiles import LANES, MIB, round_up
 from dinov2_jax.sharding import platform
 
-LANES = 128
 TILE = 512  # rows or prototypes of a tile, at most
 WIDE = 1024  # rows of one, where all prototypes are read again for each
-MIB = 2**20
 NOWHERE = 1e30  # what padding subtracts from its logits: their exponential is 0
 
 
@@ -85,11 +84,6 @@ def cost(n: int, k: int, d: int, *, products: int, exps: int, num_bytes: int) ->
 def vmem_bytes(d: int) -> int:
     """What a step of a kernel needs: its blocks of width d, twice, and arrays of logits."""
     return 12 * TILE * 8 * round_up(d, LANES) + 10 * MIB
-
-
-def round_up(x: int, multiple: int) -> int:
-    """The smallest multiple that is not below x."""
-    return -(-x // multiple) * multiple
 
 
 def interpret() -> bool:

@@ -1,8 +1,8 @@
 """Sums over Sinkhorn-Knopp's matrix as Pallas kernels for TPU, which never write it down.
 
-The matrix is exp((logits - row_max) / temp). A kernel makes a tile of logits on the matrix unit and
-sums it at once. Rows are `[n, d]` in the compute type, prototypes their directions `[k, d]` and the
-factors `[k, 1]` that make vectors of them, in float32.
+The matrix is exp((logits - row_max) / temp), and 0 below `centering.lowest_logit`. A kernel makes a
+tile of logits on the matrix unit and sums it at once. Rows are `[n, d]` in the compute type,
+prototypes their directions `[k, d]` and the factors `[k, 1]` that make vectors of them, in float32.
 """
 
 import functools
@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import ArrayLike
 
 from dinov2_jax.losses import pallas_tiles
+from dinov2_jax.losses.centering import lowest_logit
 from dinov2_jax.losses.pallas_tiles import NOWHERE, WIDE, accumulate, dot, fill, tiles
 
 LOG2_E = math.log2(math.e)  # powers of two are what the hardware has
@@ -56,7 +57,7 @@ def _reduce_prototypes(op, rows, prototypes, row_max, u, temp) -> Array:
         name=f"prototypes_{op}",
         **_settings(size_n, size_k, d, num_bytes=grid[0] * directions.nbytes + rows.nbytes),
     )(
-        pallas_tiles.scalars(LOG2_E / temp),
+        _scalars(temp),
         fill(directions, size_k),
         pallas_tiles.pack(size_k, factors, hidden, u),
         fill(rows, size_n),
@@ -65,14 +66,14 @@ def _reduce_prototypes(op, rows, prototypes, row_max, u, temp) -> Array:
     return out[0, :n]
 
 
-def _prototypes_kernel(scale_ref, directions_ref, columns_ref, z_ref, max_ref, out_ref, *, op):
+def _prototypes_kernel(scalars_ref, directions_ref, columns_ref, z_ref, max_ref, out_ref, *, op):
     factor, hidden, u = pallas_tiles.columns(columns_ref, 3)
     weights = (directions_ref[...] * factor).astype(z_ref.dtype)
     x = dot(weights, z_ref[...], 1, 1) - hidden - max_ref[...]
     if op == "max":
         new, join = x.max(axis=0, keepdims=True), jnp.maximum
     else:
-        x = jnp.exp2(x * scale_ref[0, 0]) * u
+        x = _powers(x, scalars_ref) * u
         new, join = x.sum(axis=0, keepdims=True), jnp.add
     accumulate(out_ref, new, pl.program_id(1) == 0, join)
 
@@ -100,7 +101,7 @@ def sum_rows(
         name="prototypes_sum_rows",
         **_settings(size_n, size_k, d, num_bytes=grid[0] * rows.nbytes + directions.nbytes),
     )(
-        pallas_tiles.scalars(LOG2_E / temp),
+        _scalars(temp),
         fill(rows, size_n),
         pallas_tiles.pack(size_n, (row_max, NOWHERE), v),
         fill(directions, size_k),
@@ -109,13 +110,21 @@ def sum_rows(
     return out[0, :k]
 
 
-def _rows_kernel(scale_ref, z_ref, rows_ref, directions_ref, columns_ref, out_ref):
+def _rows_kernel(scalars_ref, z_ref, rows_ref, directions_ref, columns_ref, out_ref):
     row_max, v = pallas_tiles.columns(rows_ref, 2)
     (factor,) = pallas_tiles.columns(columns_ref, 1)
     weights = (directions_ref[...] * factor).astype(z_ref.dtype)
     x = dot(z_ref[...], weights, 1, 1) - row_max
-    x = jnp.exp2(x * scale_ref[0, 0]) * v
+    x = _powers(x, scalars_ref) * v
     accumulate(out_ref, x.sum(axis=0, keepdims=True), pl.program_id(1) == 0)
+
+
+def _scalars(temp: ArrayLike) -> Array:
+    return pallas_tiles.scalars(LOG2_E / temp, lowest_logit(temp))
+
+
+def _powers(x: Array, scalars_ref) -> Array:
+    return jnp.where(x < scalars_ref[0, 1], 0.0, jnp.exp2(x * scalars_ref[0, 0]))
 
 
 def _settings(n: int, k: int, d: int, *, num_bytes: int) -> dict:

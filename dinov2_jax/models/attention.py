@@ -7,6 +7,7 @@ values, in this order, each head-major.
 
 import functools
 import os
+import re
 
 import flax.linen as nn
 import jax
@@ -43,7 +44,7 @@ def choose_implementation(name: str, device: jax.Device, dtype: jnp.dtype) -> st
       dtype: compute type of the network.
 
     Raises:
-      ValueError: `device` or `dtype` has no such implementation.
+      ValueError: `device` or `dtype` has no such implementation, or devices are too many for it.
     """
     platform = device.platform
     is_gpu, is_bfloat16 = platform in ("gpu", "cuda"), jnp.dtype(dtype) == jnp.bfloat16
@@ -52,8 +53,7 @@ def choose_implementation(name: str, device: jax.Device, dtype: jnp.dtype) -> st
             return "pallas"
         if platform == "cpu":
             return default_implementation() if num_cores() <= 2 else "xla"
-        is_hopper = is_gpu and float(getattr(device, "compute_capability", 0)) >= 9
-        return "cudnn" if is_hopper and is_bfloat16 else "xla"
+        return "cudnn" if is_gpu and is_bfloat16 and _is_hopper(device) else "xla"
     if name == "cudnn" and not (is_gpu and is_bfloat16):
         raise ValueError(
             f"attention='cudnn' needs a GPU and bfloat16, not {platform} and {jnp.dtype(dtype)}; "
@@ -61,19 +61,39 @@ def choose_implementation(name: str, device: jax.Device, dtype: jnp.dtype) -> st
         )
     if name == "pallas" and platform != "tpu":
         raise ValueError(f"attention='pallas' needs a TPU, not {platform}; use 'auto' or 'xla'")
+    if name == "by_head" and (platform != "cpu" or jax.device_count() > 1):
+        raise ValueError(
+            f"attention='by_head' needs one CPU device, not {jax.device_count()} of {platform}, "
+            "where its loop is slow; use 'auto' or 'xla'"
+        )
     return name
+
+
+def _is_hopper(device: jax.Device) -> bool:
+    """Or later. Capabilities of other makers' GPUs are names, such as gfx942, if there are any."""
+    version = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return version is not None and int(version[1]) >= 9
 
 
 def computed_by(name: str, n: int, d: int, num_heads: int, dtype: jnp.dtype) -> str:
     """What computes attention over n tokens of width d: `name`, or XLA where that is not for them.
 
-    Pallas by whether its kernels fit the chip of the mesh in use, "by_head" by `FEWEST_BY_HEAD`.
+    Pallas by whether its kernels fit the chip of the mesh in use, cuDNN by the width of a head,
+    "by_head" by `FEWEST_BY_HEAD`.
     """
     if name == "by_head" and n < FEWEST_BY_HEAD:
         return "xla"
     if name == "pallas" and not attention_pallas.fits(n, d, num_heads, jnp.dtype(dtype).itemsize):
         return "xla"
+    if name == "cudnn" and not _has_cudnn(d // num_heads):
+        return "xla"
     return name
+
+
+def _has_cudnn(head_width: int) -> bool:
+    """Whether cuDNN has kernels for it on this GPU: what jax refuses otherwise, in any length."""
+    widest = 256 if _is_hopper(jax.devices()[0]) else 128
+    return head_width % 8 == 0 and head_width <= widest
 
 
 def num_cores() -> int:
@@ -91,11 +111,13 @@ class Attention(nn.Module):
       implementation: "pallas" (fused; TPU only; where it does not fit, XLA takes over), "by_head"
         (`attend_by_head`; of `FEWEST_BY_HEAD` tokens and more), or see `attend`.
       dtype: of the matrix products.
+      product_form: of those with weights, see `choose_product_form`.
     """
 
     num_heads: int
     implementation: str = "xla"
     dtype: jnp.dtype = jnp.float32
+    product_form: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, hands_out_bias: bool = False):
@@ -113,7 +135,8 @@ class Attention(nn.Module):
             self.implementation, *x.shape[1:], self.num_heads, dtype=self.dtype
         )
         is_fused = implementation == "pallas"
-        qkv = TokenDense(3 * d, dtype=self.dtype, hands_out_bias=is_fused, name="qkv")(x)
+        layer = functools.partial(TokenDense, dtype=self.dtype, product_form=self.product_form)
+        qkv = layer(3 * d, hands_out_bias=is_fused, name="qkv")(x)
         if is_fused:
             x = attention_pallas.self_attention(*qkv, num_heads=self.num_heads)
         elif implementation == "by_head":
@@ -123,7 +146,7 @@ class Attention(nn.Module):
             x = attend(q, k, v, implementation=implementation)
             x = rearrange(x, "b heads n hd -> b n (heads hd)")
         x = checkpoint_name(x, "attention")
-        return TokenDense(d, self.dtype, hands_out_bias, name="proj")(x)
+        return layer(d, hands_out_bias=hands_out_bias, name="proj")(x)
 
 
 def split_heads(qkv: jax.Array, num_heads: int) -> jax.Array:

@@ -15,7 +15,8 @@ from einops import rearrange
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dinov2_jax.models.attention_plan import LANES, ROWS, Plan, padded_width, round_up
+from dinov2_jax.models.attention_plan import ROWS, Plan, padded_heads
+from dinov2_jax.models.tpu_tiles import LANES
 from dinov2_jax.sharding import on_each_device
 
 
@@ -26,8 +27,8 @@ def fits(n: int, d: int, num_heads: int, itemsize: int = 2) -> bool:
     """
     if not pltpu.is_tpu_device():
         return True
-    hd = padded_width(d // num_heads)
-    plan = Plan(1, n, 3 * d, hd)
+    heads, hd = padded_heads(num_heads, d // num_heads)
+    plan = Plan(ROWS, n, 3 * heads * hd, hd)  # of no more images than that are a step's
     return plan.vmem_bytes(itemsize) <= pltpu.get_tpu_info().vmem_capacity_bytes
 
 
@@ -56,21 +57,20 @@ def self_attention(
       `[b, n, d]` in the type of `qkv`; softmax in float32.
     """
     hd = qkv.shape[-1] // 3 // num_heads
-    padded_hd = padded_width(hd)
-    padded_heads = round_up(num_heads, max(1, LANES // padded_hd))
+    heads, padded_hd = padded_heads(num_heads, hd)
     attend = functools.partial(_attend, scale=hd**-0.5, hd=padded_hd, interpret=interpret)
     bias = jnp.zeros(qkv.shape[-1]) if bias is None else bias
-    if (padded_heads, padded_hd) == (num_heads, hd):
+    if (heads, padded_hd) == (num_heads, hd):
         return attend(qkv, bias)
 
     def pad(x):
         x = rearrange(x, "... (three heads hd) -> ... three heads hd", three=3, heads=num_heads)
-        extra = ((0, padded_heads - num_heads), (0, padded_hd - hd))
+        extra = ((0, heads - num_heads), (0, padded_hd - hd))
         x = jnp.pad(x, ((0, 0),) * (x.ndim - 2) + extra)
         return rearrange(x, "... three heads hd -> ... (three heads hd)")
 
     x = attend(pad(qkv), pad(bias))
-    x = rearrange(x, "b n (heads hd) -> b n heads hd", heads=padded_heads)
+    x = rearrange(x, "b n (heads hd) -> b n heads hd", heads=heads)
     return rearrange(x[:, :, :num_heads, :hd], "b n heads hd -> b n (heads hd)")
 
 

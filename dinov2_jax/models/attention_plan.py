@@ -3,10 +3,10 @@
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128  # of a vector register; the width of what a kernel takes at a time
+from dinov2_jax.models.tpu_tiles import LANES, MIB, round_up
+
 ROWS = 16  # of a tile of bfloat16
 MAX_QUERIES = 640  # in one step, counted over the heads of a group; more take several steps
-MIB = 2**20
 
 
 class Plan:
@@ -70,9 +70,7 @@ class Plan:
         )
 
 
-def padded_width(hd: int) -> int:
-    return 1 << (hd - 1).bit_length() if hd < LANES else round_up(hd, LANES)
-
-
-def round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
+def padded_heads(num_heads: int, hd: int) -> tuple[int, int]:
+    """Number and width of the heads that the kernels see: whole groups, of whole lanes."""
+    width = 1 << (hd - 1).bit_length() if hd < LANES else round_up(hd, LANES)
+    return round_up(num_heads, max(1, LANES // width)), width

@@ -32,6 +32,7 @@ class Block(nn.Module):
       dtype: compute type.
       attention: implementation, see `attend`.
       layer_norm: form, see `make_layer_norm`.
+      product_form: of the products with weights, see `choose_product_form`.
     """
 
     num_heads: int
@@ -41,6 +42,7 @@ class Block(nn.Module):
     dtype: jnp.dtype = jnp.float32
     attention: str = "xla"
     layer_norm: str = "xla"
+    product_form: str = "auto"
 
     @nn.compact
     def __call__(self, carry, slot: jax.Array | None, drop_path: DropPath | None):
@@ -73,11 +75,12 @@ class Block(nn.Module):
 
     def _layers(self, xs: tuple[jax.Array, ...], drop_path: DropPath | None):
         norm1 = make_layer_norm(self.layer_norm, dtype=self.dtype, name="norm1")
-        attn = Attention(self.num_heads, self.attention, self.dtype, name="attn")
+        products = dict(dtype=self.dtype, product_form=self.product_form)
+        attn = Attention(self.num_heads, self.attention, **products, name="attn")
         ls1 = LayerScale(self.layer_scale_init, name="ls1")
         norm2 = make_layer_norm(self.layer_norm, dtype=self.dtype, name="norm2")
         hidden_dim = ffn_hidden_dim(xs[0].shape[-1], self.mlp_ratio, self.ffn)
-        mlp = {"mlp": Mlp, "swiglu": SwiGLU}[self.ffn](hidden_dim, self.dtype, name="mlp")
+        mlp = {"mlp": Mlp, "swiglu": SwiGLU}[self.ffn](hidden_dim, **products, name="mlp")
         ls2 = LayerScale(self.layer_scale_init, name="ls2")
 
         def make_key():

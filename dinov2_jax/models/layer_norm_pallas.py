@@ -14,12 +14,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from dinov2_jax.models.tpu_tiles import LANES, MIB
 from dinov2_jax.sharding import on_each_device, platform
 
 EPSILON = 1e-6
 MAX_ROWS = 320  # tokens of a block; more take several blocks of 256
-MIB = 2**20
-LANES = 128
 TEMPORARIES = 3  # float32 arrays of a block's shape that are in memory at once, at most
 
 

@@ -4,6 +4,7 @@ In and out: tokens `[b, n, d]`; activations stay cut over the batch, whatever sh
 Behaviour follows dinov2/layers/{patch_embed,mlp,swiglu_ffn,layer_scale}.py (Apache-2.0).
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from dinov2_jax.models.spread import product
 from dinov2_jax.sharding import platform, row_shards, shard_rows
 
 FFNS = ("mlp", "swiglu")
+PRODUCT_FORMS = ("plain", "flat", "transposed")
 
 # PyTorch's truncated normal of the reference cuts at +-2, 100 standard deviations: a plain one.
 kernel_init = nn.initializers.normal(0.02)
@@ -85,6 +87,30 @@ def _cpu_product_backward(inputs, grad: jax.Array) -> tuple[jax.Array, jax.Array
 cpu_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _cpu_product_backward)
 
 
+def choose_product_form(form: str, platform: str, num_devices: int) -> str:
+    """The form of the layers' products that "auto" means on such devices; others are checked.
+
+    "plain" multiplies tokens as they lie; "flat" as one axis of rows, which saves XLA on CPU a
+    tenth of a block's time, and on TPU would copy them: 257 or 50 rows do not fill its tiles;
+    "transposed" is flat, with the kernels' gradients by `cpu_product`, on one CPU device: a kernel
+    that a mesh cuts would be gathered for it.
+
+    Raises:
+      ValueError: an unknown form, or "transposed" for other devices.
+    """
+    is_one_cpu = platform == "cpu" and num_devices <= 1
+    if form == "auto":
+        return "transposed" if is_one_cpu else "flat" if platform == "cpu" else "plain"
+    if form not in PRODUCT_FORMS:
+        raise ValueError(f"product_form={form!r} must be one of {PRODUCT_FORMS}; choose one")
+    if form == "transposed" and not is_one_cpu:
+        raise ValueError(
+            f"product_form='transposed' needs one CPU device, not {num_devices} of {platform}; "
+            "use 'auto' or 'flat'"
+        )
+    return form
+
+
 class TokenDense(nn.Module):
     """A linear layer on tokens; kernel N(0, 0.02), bias 0.
 
@@ -93,12 +119,14 @@ class TokenDense(nn.Module):
       dtype: of the product.
       hands_out_bias: whether the bias is a second result, and gets no gradient by the first.
       num_parts: equal parts of the features that are results, and products, of their own.
+      product_form: see `choose_product_form`, "auto" for the devices in use.
     """
 
     features: int
     dtype: jnp.dtype = jnp.float32
     hands_out_bias: bool = False
     num_parts: int = 1
+    product_form: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array):
@@ -121,15 +149,12 @@ class TokenDense(nn.Module):
     def _map(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         b, n, d = x.shape
-        matmul = jnp.matmul
-        if platform() == "cpu":
-            # XLA on CPU is a tenth slower over a block with products of 3-d arrays.
+        num_devices = jax.sharding.get_abstract_mesh().size
+        form = choose_product_form(self.product_form, platform(), num_devices)
+        if form != "plain":
             x = rearrange(x, "b n d -> (b n) d")
-            if jax.sharding.get_abstract_mesh().size <= 1:  # a cut kernel would be gathered for it
-                matmul = cpu_product
-        # Flat tokens would be copied on TPU: 257 or 50 rows do not fill its tiles.
         if len(kernel) == d:
-            x = matmul(x, kernel) + bias
+            x = (cpu_product if form == "transposed" else jnp.matmul)(x, kernel) + bias
         else:
             x = checkpoint_name(product(x, kernel), "product") + bias
         return shard_rows(x.reshape(b, n, bias.size))
@@ -195,13 +220,14 @@ class Mlp(nn.Module):
 
     hidden_dim: int
     dtype: jnp.dtype = jnp.float32
+    product_form: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, hands_out_bias: bool = False):
         """Maps tokens `[b, n, d]` to `[b, n, d]`; the last bias as in `TokenDense`."""
-        d = x.shape[-1]
-        x = _apart(gelu(TokenDense(self.hidden_dim, dtype=self.dtype, name="fc1")(x)))
-        return TokenDense(d, self.dtype, hands_out_bias, name="fc2")(x)
+        layer = functools.partial(TokenDense, dtype=self.dtype, product_form=self.product_form)
+        hidden = _apart(gelu(layer(self.hidden_dim, name="fc1")(x)))
+        return layer(x.shape[-1], hands_out_bias=hands_out_bias, name="fc2")(hidden)
 
 
 class SwiGLU(nn.Module):
@@ -209,6 +235,7 @@ class SwiGLU(nn.Module):
 
     hidden_dim: int
     dtype: jnp.dtype = jnp.float32
+    product_form: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, hands_out_bias: bool = False):
@@ -218,9 +245,11 @@ class SwiGLU(nn.Module):
             # In one array the halves are not whole tiles, and their gradients are put together in
             # a pass of its own: 8 of the 112 ms of ViT-L's backbone by the compiler's cycles.
             num_parts = 2
-        x = TokenDense(2 * self.hidden_dim, self.dtype, num_parts=num_parts, name="w12")(x)
+        layer = functools.partial(TokenDense, dtype=self.dtype, product_form=self.product_form)
+        x = layer(2 * self.hidden_dim, num_parts=num_parts, name="w12")(x)
         gate, value = jnp.split(x, 2, axis=-1) if num_parts == 1 else x
-        return TokenDense(d, self.dtype, hands_out_bias, name="w3")(_apart(nn.silu(gate) * value))
+        hidden = _apart(nn.silu(gate) * value)
+        return layer(d, hands_out_bias=hands_out_bias, name="w3")(hidden)
 
 
 def ffn_hidden_dim(embed_dim: int, mlp_ratio: float, ffn: str) -> int:

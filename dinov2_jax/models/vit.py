@@ -61,6 +61,7 @@ class VisionTransformer(nn.Module):
       keep_kernels: whether kernels that `fsdp` cuts are kept whole for it.
       attention: "xla", "by_head", "pallas" or "cudnn", see `Attention`.
       layer_norm: "xla", "products" or "pallas", of the blocks, see `make_layer_norm`.
+      product_form: of the blocks' products with weights, see `choose_product_form`.
       scan_unroll: blocks in each turn of the scan.
     """
 
@@ -83,6 +84,7 @@ class VisionTransformer(nn.Module):
     keep_kernels: bool = False
     attention: str = "xla"
     layer_norm: str = "xla"
+    product_form: str = "auto"
     scan_unroll: int = 1
 
     def setup(self):
@@ -120,6 +122,7 @@ class VisionTransformer(nn.Module):
             dtype=self.dtype,
             attention=self.attention,
             layer_norm=self.layer_norm,
+            product_form=self.product_form,
         )
         self.norm = LayerNorm(dtype=self.dtype)
 

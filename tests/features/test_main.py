@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from dinov2_jax.config import REPOSITORY
@@ -133,6 +134,27 @@ def test_wrong_input_is_one_line(arguments, tmp_path, capsys, change, message):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "flags", "expected"),
+    [(1, [], "by_head"), (1, ["--attention=xla"], "xla"), (8, [], "xla")],
+)
+def test_attention_is_that_of_frozen_models(
+    arguments, tmp_path, monkeypatch, num_devices, flags, expected
+):
+    from dinov2_jax.features import __main__
+
+    models = []
+
+    def keep(model, *_, **__):
+        models.append(model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(__main__, "extract", keep)
+    monkeypatch.setattr(jax, "device_count", lambda: num_devices)
+    assert main([*arguments, str(tmp_path / "out"), *flags]) == 130
+    assert models[0]._module.attention == expected
 
 
 def test_a_full_disk_and_ctrl_c(arguments, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,7 @@
 """Rows and prototypes for the tests of the block forms, and their dense counterparts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from dinov2_jax.models.heads import cosine_logits, row_norms
 
 TEMP = 0.05
 STUDENT_TEMP = 0.1
+TOLERANCE = 1e-5  # float32 sums in another order: of the largest entry, for gradients
 
 same = None  # iBOT: a student's row has its own target
 
@@ -101,3 +104,27 @@ def block_loss(student, prototypes, case, *, kind, assign, block_size=4, has_ker
     temps = (STUDENT_TEMP, TEMP)
     loss, entropy = block_cross_entropy(layout, assign, student, prototypes, *targets, temps)
     return (case["weights"] * loss).sum(), entropy
+
+
+@functools.cache
+def _compiled(function, **settings):
+    run = functools.partial(function, **settings)
+    return jax.jit(jax.value_and_grad(run, (0, 1), has_aux=function is block_loss))
+
+
+def value_and_grads(function, case, **settings):
+    has_aux = function is block_loss
+    value, grads = _compiled(function, **settings)(
+        case["student"], case["student_prototypes"], case
+    )
+    features, prototypes = grads
+    return (value[0] if has_aux else value), [features, prototypes.weight_v, prototypes.weight_g]
+
+
+def assert_same(got, want, tolerance=TOLERANCE):
+    np.testing.assert_allclose(got[0], want[0], rtol=tolerance)
+    for name, left, right in zip(
+        ("features", "weight_v", "weight_g"), got[1], want[1], strict=True
+    ):
+        scale = np.abs(right).max()
+        np.testing.assert_allclose(left, right, rtol=0, atol=tolerance * scale, err_msg=name)

@@ -18,6 +18,8 @@ from dinov2_jax.models.heads import cosine_logits, weight_norm
 from dinov2_jax.sharding import make_mesh
 from tests.losses.block_cases import (
     TEMP,
+    TOLERANCE,
+    assert_same,
     block_loss,
     dense_loss,
     draw,
@@ -25,28 +27,8 @@ from tests.losses.block_cases import (
     same,
     to_crops,
     unit_vectors,
+    value_and_grads,
 )
-
-TOLERANCE = 1e-5  # float32 sums in another order: of the largest entry, for gradients
-
-
-def value_and_grads(function, case, **settings):
-    has_aux = function is block_loss
-    run = jax.jit(
-        jax.value_and_grad(functools.partial(function, **settings), (0, 1), has_aux=has_aux)
-    )
-    value, grads = run(case["student"], case["student_prototypes"], case)
-    features, prototypes = grads
-    return (value[0] if has_aux else value), [features, prototypes.weight_v, prototypes.weight_g]
-
-
-def assert_same(got, want, tolerance=TOLERANCE):
-    np.testing.assert_allclose(got[0], want[0], rtol=tolerance)
-    for name, left, right in zip(
-        ("features", "weight_v", "weight_g"), got[1], want[1], strict=True
-    ):
-        scale = np.abs(right).max()
-        np.testing.assert_allclose(left, right, rtol=0, atol=tolerance * scale, err_msg=name)
 
 
 @pytest.mark.parametrize("has_kernels", [False, True], ids=["blocks", "kernels"])

@@ -26,21 +26,9 @@ def test_entropy(probs, expected):
     )
 
 
-def test_entropy_leaves_padding_out():
-    probs = jnp.array([[0.25] * 4, [0.0] * 4, [1.0, 0, 0, 0]])
-    got = diagnostics.entropy_over_log_k(probs, row_weights=jnp.array([0.2, 0.0, 0.0]))
-    np.testing.assert_allclose(got, 1.0, rtol=1e-6)
-    assert diagnostics.entropy_over_log_k(probs, row_weights=jnp.zeros(3)) == 0
-
-
 def test_prototypes_in_use():
     probs = jnp.eye(5)[jnp.array([1, 1, 3, 0])]
     np.testing.assert_allclose(diagnostics.prototypes_in_use(probs), 3 / 5)
-    got = diagnostics.prototypes_in_use(probs, row_weights=jnp.array([1.0, 1.0, 0.0, 0.0]))
-    np.testing.assert_allclose(got, 1 / 5)
-    # A padding row must not switch off what a real row switched on.
-    got = diagnostics.prototypes_in_use(probs, row_weights=jnp.array([1.0, 0.0, 0.0, 0.0]))
-    np.testing.assert_allclose(got, 1 / 5)
 
 
 @pytest.mark.parametrize("num_local_crops", [0, 3])

@@ -89,7 +89,7 @@ def test_more_rows_than_a_call_holds_are_taken_in_pieces(monkeypatch):
 
     def run(rows_that_fit):
         monkeypatch.setattr(cross_entropy_pallas, "rows_that_fit", lambda d: rows_that_fit)
-        return cross_entropy_pallas.gradients(*rows, log_scale, (5.0, 5.0), **vectors)
+        return cross_entropy_pallas.gradients(*rows, log_scale, -jnp.inf, (5.0, 5.0), **vectors)
 
     log_scale = draw(k)
     assert "length=3" in str(jax.make_jaxpr(lambda: run(50))())  # of the scan over pieces
@@ -106,7 +106,8 @@ def test_tiles_may_come_in_any_order():
     def run(features, others, directions, lengths, row_vector, vector):
         prototypes = directions, lengths
         row_max = sinkhorn_pallas.largest_logits(features, prototypes)
-        rows = features, prototypes, others, prototypes, (row_max, row_vector), vector, (0.5, 0.5)
+        rows = features, prototypes, others, prototypes, (row_max, row_vector), vector
+        rows = *rows, -jnp.inf, (0.5, 0.5)
         vectors = dict(norms=lengths, log_sum=row_vector, mass=row_vector, cotangent=row_vector)
         return (
             row_max,

@@ -136,12 +136,13 @@ def test_cudnn_gets_its_own_layout(monkeypatch):
         ("cuda", "bfloat16", "10.0", "cudnn"),
         ("gpu", "float32", "9.0", "xla"),
         ("gpu", "bfloat16", "8.0", "xla"),
+        ("gpu", "bfloat16", "gfx942", "xla"),
         ("gpu", "bfloat16", None, "xla"),
     ],
 )
 def test_auto_follows_the_devices(platform, dtype, compute_capability, expected):
     device = types.SimpleNamespace(platform=platform)
-    if compute_capability:  # which devices of other makers do not have
+    if compute_capability:  # AMD's is a name; not every kind of device has one
         device.compute_capability = compute_capability
     assert choose_implementation("auto", device, dtype) == expected
     assert choose_implementation("xla", device, dtype) == "xla"
@@ -155,11 +156,45 @@ def test_fused_attention_gives_way_where_it_does_not_fit(monkeypatch):
     np.testing.assert_array_equal(module.apply(params, x), Attention(num_heads=2).apply(params, x))
 
 
-def test_errors():
+@pytest.mark.parametrize(
+    ("head_width", "compute_capability", "expected"),
+    [
+        (64, "9.0", "cudnn"),
+        (60, "9.0", "xla"),
+        (256, "10.0", "cudnn"),
+        (264, "9.0", "xla"),
+        (128, "8.0", "cudnn"),
+        (136, "8.0", "xla"),
+    ],
+)
+def test_heads_that_cudnn_refuses_are_left_to_xla(
+    monkeypatch, head_width, compute_capability, expected
+):
+    device = types.SimpleNamespace(platform="gpu", compute_capability=compute_capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    d = 2 * head_width
+    assert computed_by("cudnn", 257, d, 2, jnp.bfloat16) == expected
+    # The module asks: what is refused is not called.
+    asked = []
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda q, k, v, **_: asked.append(q.shape) or v
+    )
+    module = Attention(num_heads=2, implementation="cudnn", dtype=jnp.bfloat16)
+    jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 3, d)))
+    assert bool(asked) == (expected == "cudnn")
+
+
+def test_errors(monkeypatch):
     with pytest.raises(ValueError, match=r"'cudnn' needs a GPU and bfloat16, not gpu and float32"):
         choose_implementation("cudnn", types.SimpleNamespace(platform="gpu"), jnp.float32)
     with pytest.raises(ValueError, match=r"'pallas' needs a TPU, not cpu; use 'auto' or 'xla'"):
         choose_implementation("pallas", jax.devices()[0], jnp.float32)
+    with pytest.raises(ValueError, match=r"'by_head' needs one CPU device, not 8 of cpu, .* use"):
+        choose_implementation("by_head", jax.devices()[0], jnp.float32)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert choose_implementation("by_head", jax.devices()[0], jnp.float32) == "by_head"
+    with pytest.raises(ValueError, match=r"'by_head' needs one CPU device, not 1 of tpu"):
+        choose_implementation("by_head", types.SimpleNamespace(platform="tpu"), jnp.float32)
     x = jnp.zeros((1, 1, 2, 4))
     with pytest.raises(ValueError, match=r"attention='flash' must be one of \('xla', 'by_head', "):
         attend(x, x, x, implementation="flash")

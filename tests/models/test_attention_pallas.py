@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dinov2_jax.cost.topology import open_topology
 from dinov2_jax.models import attention_pallas
 from dinov2_jax.models.attention import attend
+from dinov2_jax.models.attention_plan import Plan
 from dinov2_jax.models.vit import VisionTransformer
 from dinov2_jax.sharding import make_mesh
 from tests.any_order import assert_same_in_any_order
@@ -191,3 +192,24 @@ def test_the_largest_images_do_not_fit_the_smallest_chip(monkeypatch):
     monkeypatch.setattr(attention_pallas.pltpu, "get_tpu_info", lambda: chip)
     assert attention_pallas.fits(257, 1536, 24)  # ViT-g in training
     assert not attention_pallas.fits(1370, 1024, 16)  # ViT-L at 518 px
+
+
+@pytest.mark.parametrize(("b", "n", "d", "heads"), [(1, 577, 768, 8), (8, 50, 480, 5)])
+def test_what_fits_is_planned_as_the_kernel_asks(monkeypatch, b, n, d, heads):
+    """Padded heads, of 96 to 128 lanes or of an odd number, and several images in a step."""
+    asked = []
+    monkeypatch.setattr(
+        Plan,
+        "compiler_params",
+        lambda plan, _, itemsize: asked.append(plan.vmem_bytes(itemsize)),
+    )
+    qkv = jnp.zeros((b, n, 3 * d), jnp.bfloat16)
+    run = functools.partial(attention_pallas.self_attention, num_heads=heads, interpret=True)
+    jax.eval_shape(run, qkv)
+    (needed,) = asked
+    chip = type("Chip", (), {"vmem_capacity_bytes": needed})
+    monkeypatch.setattr(attention_pallas.pltpu, "is_tpu_device", lambda: True)
+    monkeypatch.setattr(attention_pallas.pltpu, "get_tpu_info", lambda: chip)
+    assert attention_pallas.fits(n, d, heads)
+    chip.vmem_capacity_bytes -= 1
+    assert not attention_pallas.fits(n, d, heads)

@@ -15,6 +15,7 @@ from dinov2_jax.models.layers import (
     PatchEmbed,
     SwiGLU,
     TokenDense,
+    choose_product_form,
     cpu_product,
     ffn_hidden_dim,
     gelu,
@@ -92,6 +93,53 @@ def test_a_layer_takes_it_on_one_device_alone():
         assert "cpu_product" in forward()
     with jax.set_mesh(make_mesh(data=1, fsdp=2, model=1, devices=jax.devices()[:2])):
         assert "cpu_product" not in forward()
+
+
+@pytest.mark.parametrize("ffn", [Mlp, SwiGLU])
+@pytest.mark.parametrize("form", ["flat", "transposed"])
+def test_forms_are_the_plain_one_in_value_and_gradient(ffn, form):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    params = _random_params(ffn(16), x)
+
+    def run(form):
+        def loss(params, x):
+            return (ffn(16, product_form=form).apply({"params": params}, x) ** 2).sum()
+
+        text = str(jax.make_jaxpr(loss)(params, x))
+        found = {len(n.split(",")) for n in re.findall(r"f32\[([\d,]+)\] = dot_general", text)}
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x), found, "cpu_product" in text
+
+    want, *program = run("plain")
+    assert program == [{3}, False]
+    got, *program = run(form)
+    assert program == [{2}, form == "transposed"]
+    for left, right in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6 * np.abs(right).max())
+
+
+@pytest.mark.parametrize(
+    ("form", "platform", "num_devices", "expected"),
+    [
+        ("auto", "cpu", 1, "transposed"),
+        ("auto", "cpu", 8, "flat"),
+        ("auto", "tpu", 1, "plain"),
+        ("auto", "gpu", 8, "plain"),
+        ("plain", "cpu", 1, "plain"),
+        ("flat", "tpu", 4, "flat"),
+        ("transposed", "cpu", 1, "transposed"),
+    ],
+)
+def test_the_choice_of_a_form(form, platform, num_devices, expected):
+    assert choose_product_form(form, platform, num_devices) == expected
+
+
+def test_forms_that_are_refused():
+    for platform, num_devices in (("cpu", 2), ("tpu", 1)):
+        message = f"'transposed' needs one CPU device, not {num_devices} of {platform}; use 'auto'"
+        with pytest.raises(ValueError, match=message):
+            choose_product_form("transposed", platform, num_devices)
+    with pytest.raises(ValueError, match=r"product_form='wide' must be one of \('plain', 'flat'"):
+        choose_product_form("wide", "cpu", 1)
 
 
 def test_remat_keeps_a_product_on_cpu():

@@ -275,3 +275,14 @@ def test_errors():
         make(remat="full").apply(params, make_images(1, 8, 8, 3))
     with pytest.raises(ValueError, match=r"layer_scale_init=0 must be above 0"):
         make(layer_scale_init=0).apply(params, make_images(1, 8, 8, 3))
+
+
+def test_every_layer_of_a_block_has_the_form_of_products():
+    text = {}
+    for form in ("plain", "flat", "transposed"):
+        model = make(product_form=form)
+        params = {"params": parameter_shapes(model)}
+        text[form] = str(jax.make_jaxpr(model.apply)(params, jnp.zeros((1, 8, 8, 3))))
+    # Of four layers, which are each traced twice.
+    assert [text[form].count("name=cpu_product") for form in text] == [0, 0, 8]
+    assert text["plain"] != text["flat"]

@@ -111,8 +111,9 @@ class TestEightDevices:
             return gradient.lower(params, images).compile(), shardings
 
     @pytest.mark.parametrize("fsdp", [1, 4])
-    def test_no_activation_moves_and_the_draws_are_those_of_one_device(self, fsdp):
-        model = make()
+    @pytest.mark.parametrize("form", ["gather", "matmul"])
+    def test_no_activation_moves_and_the_draws_are_those_of_one_device(self, form, fsdp):
+        model = make(drop_path_form=form)
         params, images = telltale_params(model), make_images()
         mesh = jax.make_mesh((8 // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
         gradient, shardings = self.compiled_gradient(mesh, model, params, images)
@@ -137,5 +138,5 @@ class TestEightDevices:
         assert not {kind for _, kind in results} & {"all-to-all", "collective-permute"}
 
         _, outputs = gradient(*jax.device_put((params, images), shardings))
-        for ours, alone in zip(outputs, draws(model, 2)[0], strict=True):
+        for ours, alone in zip(outputs, draws(make(), 2)[0], strict=True):
             np.testing.assert_array_equal(kept_branches(ours), alone)
