@@ -1,6 +1,7 @@
 """How commands end: with errors of one line, and exit codes."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -22,6 +23,8 @@ NO_MEMORY = (
     + LESS_MEMORY
     + "; docs/pods.md says how to check what fits before the devices are there"
 )
+# XLA's words; those of the coordinator's client for its messages are others.
+_NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED: .*(out of memory|allocat|hbm)", re.I | re.S)
 
 
 def run_command(action: Callable[[], int]) -> int:
@@ -56,7 +59,7 @@ def known_end(error: Exception, *, workdir: os.PathLike) -> tuple[str, int] | No
     """
     if is_disk_full(error):
         return NO_SPACE.format(workdir), DISK_FULL
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+    if isinstance(error, jax.errors.JaxRuntimeError) and _NO_MEMORY.search(str(error)):
         return NO_MEMORY.format(" ".join(str(error).split())[:200]), WRONG_INPUT
     return None
 

@@ -57,4 +57,6 @@ def test_a_device_without_enough_memory_is_wrong_input_and_says_what_lowers_it()
         jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(2**45))())
     line, code = commands.known_end(caught.value, workdir="runs/a")
     assert code == 2 and "mesh.fsdp" in line and "docs/pods.md" in line
+    coordinator = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: message larger than max")
+    assert commands.known_end(coordinator, workdir="runs/a") is None
     assert line.startswith("the memory of a device does not suffice (RESOURCE_EXHAUSTED: Out of")
