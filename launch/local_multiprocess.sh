@@ -21,7 +21,13 @@ shift
 
 export JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
-export JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-$((20000 + RANDOM % 20000))}
+# One that nobody listens on, below those that Linux takes for connections, 32768 and up.
+port=${PORT:-}
+while [[ -z $port ]]; do
+    port=$((20000 + RANDOM % 12000))
+    if (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then port=; fi
+done
+export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port
 export JAX_NUM_PROCESSES=$processes
 
 # What nobody writes: reading it is waiting, without the child that `sleep` would be.

@@ -7,7 +7,6 @@ import contextlib
 import importlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
+
+from tests.two_processes import free_port
 
 BUCKET = "bucket"
 KINDS = ("gs", "s3")
@@ -56,9 +57,7 @@ def _s3_command(port: int) -> list[str]:
 @contextlib.contextmanager
 def emulator(kind: str) -> Iterator[str]:
     """Serves an empty bucket from memory, by a process of its own; gives its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = {"gs": _gs_command, "s3": _s3_command}[kind](port)
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"

@@ -213,3 +213,18 @@ def test_the_rehearsal_waits_for_its_processes_when_it_is_told_to_stop(tmp_path)
     assert len(saved) == 3
     for module, name, *flags in saved:
         assert (module, name) == ("-m", "dinov2_jax.train") and parse_flags(flags)
+
+
+def test_the_rehearsals_coordinator_has_a_port_that_no_connection_takes(tmp_path):
+    """Ports of 32768 and more are given to whatever connects, in the seconds before it listens."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho $JAX_COORDINATOR_ADDRESS\n")
+    python.chmod(0o755)
+    command = [LAUNCH / "local_multiprocess.sh", "2", "1", "--", "--config=x"]
+    for _ in range(5):
+        said = subprocess.check_output(command, env=os.environ | {"PYTHON": str(python)}, text=True)
+        (address,) = set(said.split())
+        host, port = address.split(":")
+        assert host == "127.0.0.1" and 20000 <= int(port) < 32768
+    environment = os.environ | {"PYTHON": str(python), "PORT": "40000"}
+    assert subprocess.check_output(command, env=environment, text=True).split()[0][-6:] == ":40000"

@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -18,6 +17,7 @@ from dinov2_jax.evals.results import Result
 from dinov2_jax.evals.suite import entry_argv, read_suite, run_suite
 from dinov2_jax.evals.task import Task
 from dinov2_jax.evals.tasks import TASKS
+from tests.two_processes import free_port
 
 RUNS = []
 
@@ -196,9 +196,7 @@ sys.exit(program.main(["suite", *sys.argv[1:], "--distributed=on"]))
 def test_what_fails_on_one_process_alone_ends_all(write, tmp_path):
     """What fails on both is left out; the other would wait for one that fails alone."""
     argv = write('{x: {"task": "knn", "data": x} for x in ("both", "fine", "alone", "never")}')
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_PROCESSES": "2"}
     processes = [
         subprocess.Popen(
